@@ -1,0 +1,149 @@
+"""CP-Mobile: inverted-residual blocks with global response normalisation on log-mel spectrograms.
+
+Source: F. Schmid, T. Morocutti, S. Masoudian, K. Koutini, G. Widmer, "Distilling the Knowledge of Transformers and
+CNNs with CP-Mobile", DCASE Workshop 2023, https://github.com/fschmid56/cpjku_dcase23. Departures: none in the
+function or in the state dict; the response normalisation is written as one multiply-add (see `ResponseNorm`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+
+DEFAULT_STRIDES = MappingProxyType({"b2": (2, 2), "b4": (2, 1)})
+
+
+@dataclass(frozen=True)
+class CpMobileConfig:
+    n_classes: Annotated[int, "number of scenes"] = 10
+    in_channels: Annotated[int, "channels of the spectrogram"] = 1
+    base_channels: Annotated[int, "channels of the first stage, rounded to a multiple of 8"] = 32
+    channels_multiplier: Annotated[float, "growth of the channels from stage to stage"] = 2.3
+    expansion_rate: Annotated[float, "inner width of a block relative to its input"] = 3.0
+    n_blocks: Sequence[int] = (3, 2, 1)  # blocks in each stage
+    strides: Mapping[str, Sequence[int]] = field(default_factory=lambda: dict(DEFAULT_STRIDES))  # b<i>: (freq, time)
+
+    def __post_init__(self):
+        object.__setattr__(self, "n_blocks", tuple(self.n_blocks))
+        object.__setattr__(self, "strides", {name: tuple(stride) for name, stride in self.strides.items()})
+        for name in ("n_classes", "in_channels", "base_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.base_channels < 4:
+            raise ValueError(
+                f"base_channels must be >= 4 (the first convolution has a quarter), got {self.base_channels}"
+            )
+        for name in ("channels_multiplier", "expansion_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        if not self.n_blocks or min(self.n_blocks) < 1:
+            raise ValueError(f"n_blocks must name at least one block per stage, got {self.n_blocks}")
+        known = [f"b{i}" for i in range(1, sum(self.n_blocks) + 1)]
+        for name, stride in self.strides.items():
+            if name not in known:
+                raise ValueError(f"strides name {name!r}, the blocks are {', '.join(known)}")
+            if len(stride) != 2 or min(stride) < 1:
+                raise ValueError(f"strides[{name!r}] must be (freq, time), both >= 1, got {stride}")
+
+
+def make_divisible(value: float, divisor: int = 8) -> int:
+    """Rounds to the nearest multiple of `divisor`, at least one, and never below 90 % of `value`."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+def conv_unit(
+    c_in: int, c_out: int, kernel: int, stride: int | Sequence[int] = 1, groups: int = 1, relu: bool = True
+) -> nn.Sequential:
+    """Convolution without bias (.0), batch norm (.1) and ReLU (.2) where asked for."""
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=(kernel - 1) // 2, groups=groups, bias=False)
+    # In place: the norm does not need its output for the backward pass, so the ReLU costs no memory traffic of its own.
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), *([nn.ReLU(inplace=True)] if relu else []))
+
+
+class ResponseNorm(nn.Module):
+    """Global response normalisation (Woo et al., ConvNeXt V2) with one scalar gain and bias for all channels.
+
+    n = l2 norm of a channel over (freq, time), divided by the mean of these norms over the channels;
+    y = gamma * x * n + beta + x, computed as x * (1 + gamma * n) + beta to read and write x only once.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1))
+        self.beta = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, channel, freq, time)
+        norm = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)  # (batch, channel, 1, 1)
+        response = norm / (norm.mean(dim=1, keepdim=True) + 1e-6)
+        return torch.addcmul(self.beta, x, 1 + self.gamma * response)
+
+
+class CpMobileBlock(nn.Module):
+    """Pointwise expansion, depthwise 3x3, pointwise projection; shortcut where the width allows; norm; ReLU."""
+
+    def __init__(self, c_in: int, c_out: int, expansion_rate: float, stride: Sequence[int]):
+        super().__init__()
+        width = make_divisible(c_in * expansion_rate)
+        self.after_block_norm = ResponseNorm()
+        self.block = nn.Sequential(
+            conv_unit(c_in, width, 1),
+            conv_unit(width, width, 3, stride, groups=width),
+            conv_unit(width, c_out, 1, relu=False),
+        )
+        if c_in != c_out:
+            self.shortcut = None
+        elif tuple(stride) == (1, 1):
+            self.shortcut = nn.Identity()
+        else:  # zeros of the padding count in the mean
+            self.shortcut = nn.AvgPool2d(3, tuple(stride), padding=1)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, channel, freq, time)
+        y = self.block(x)
+        if self.shortcut is not None:
+            y = y + self.shortcut(x)
+        return self.act(self.after_block_norm(y))
+
+
+class CpMobile(nn.Module):
+    """Stem of two strided convolutions, stages of `CpMobileBlock`, pointwise classifier, mean over freq and time."""
+
+    def __init__(self, config: CpMobileConfig):
+        super().__init__()
+        self.config = config
+        base = make_divisible(config.base_channels)
+        widths = [base] + [make_divisible(base * config.channels_multiplier**i) for i in range(len(config.n_blocks))]
+        # Not rounded, parity with the published checkpoints.
+        self.in_c = nn.Sequential(
+            conv_unit(config.in_channels, config.base_channels // 4, 3, stride=2),
+            conv_unit(config.base_channels // 4, base, 3, stride=2),
+        )
+        self.stages = nn.Sequential()
+        n_built = 0
+        for i, n_blocks in enumerate(config.n_blocks):
+            stage = nn.Sequential()
+            for j in range(n_blocks):
+                n_built += 1
+                name = f"b{n_built}"
+                c_in = widths[i] if j == 0 else widths[i + 1]
+                stride = config.strides.get(name, (1, 1))
+                stage.add_module(name, CpMobileBlock(c_in, widths[i + 1], config.expansion_rate, stride))
+            self.stages.add_module(f"s{i + 1}", stage)
+        self.feed_forward = conv_unit(widths[-1], config.n_classes, 1, relu=False)
+        self.apply(_init)
+
+    def forward(self, log_mel: Tensor) -> Tensor:
+        """Maps log-mel (batch, channel, mel, time) to logits (batch, class), before softmax."""
+        x = self.in_c(log_mel)  # (batch, base, mel / 4, time / 4)
+        x = self.stages(x)
+        x = self.feed_forward(x)  # (batch, class, freq, time)
+        return x.mean(dim=(2, 3))
+
+
+def _init(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,0 +1,164 @@
+"""Log-mel front ends: waveform -> normalised log-mel spectrogram, on the waveform's own device.
+
+`CpMel` is the front end of the CP-JKU DCASE 2023 systems (student and CP-ResNet; PaSST with other numbers): pre-emphasis,
+power spectrum, Kaldi-style triangles on the mel axis, logarithm, fixed normalisation. Departures from the published code:
+none in the result; the work is ordered for memory (see `CpMel.forward`) and the filters are applied as narrow bands.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PREEMPHASIS = 0.97
+LOG_OFFSET = 1e-5
+# out = (ln(power) + SHIFT) / SCALE: about zero mean, unit deviation on AudioSet, for which PaSST chose them.
+SHIFT, SCALE = 4.5, 5.0
+# Spectra of this many bytes stay in a core's cache while they are windowed, transformed, squared and summed into bands.
+CPU_CHUNK_BYTES = 2 << 20
+
+
+@dataclass(frozen=True)
+class CpMelConfig:
+    sample_rate: Annotated[int, "sampling rate of the waveform in Hz"] = 32000
+    n_fft: Annotated[int, "length of the Fourier transform in samples"] = 4096
+    win_length: Annotated[int, "length of the Hann window in samples"] = 3072
+    hop_length: Annotated[int, "step from frame to frame in samples"] = 500
+    n_mels: Annotated[int, "number of mel bands"] = 256
+    f_min: Annotated[float, "lower edge of the lowest band in Hz"] = 0.0
+    f_max: Annotated[
+        float | None, "upper edge of the highest band in Hz; None: half the rate minus half fmax_aug_range"
+    ] = None
+    fmin_aug_range: Annotated[int, "training: f_min rises by 0 .. this - 1 Hz, drawn per batch; 1 is off"] = 1
+    fmax_aug_range: Annotated[int, "training: f_max is drawn per batch from a range this wide in Hz; 1 is off"] = 1000
+
+    def __post_init__(self):
+        if self.f_max is None:
+            object.__setattr__(self, "f_max", float(self.sample_rate // 2 - self.fmax_aug_range // 2))
+        for name in ("sample_rate", "win_length", "hop_length", "n_mels", "fmin_aug_range", "fmax_aug_range"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.n_fft < self.win_length:
+            raise ValueError(f"n_fft must be >= win_length ({self.win_length}), got {self.n_fft}")
+        if not 0 <= self.f_min < self.f_max <= self.sample_rate / 2:
+            raise ValueError(
+                f"f_min and f_max must satisfy 0 <= f_min < f_max <= {self.sample_rate / 2} Hz (half the sample rate), "
+                f"got f_min {self.f_min}, f_max {self.f_max}"
+            )
+
+
+def hz_to_mel(hz: Tensor | float) -> Tensor:
+    """Mel scale of Kaldi and HTK: 1127 ln(1 + f / 700)."""
+    return 1127.0 * torch.log1p(torch.as_tensor(hz, dtype=torch.float32) / 700.0)
+
+
+class CpMel(nn.Module):
+    """Maps waveforms (batch, sample) to normalised log-mel spectrograms (batch, 1, mel, time), float32.
+
+    Frames: 1 + floor((sample - 1) / hop_length). In training mode the band edges are drawn anew for each batch from the
+    global generator of the waveform's device; in eval mode they are exactly f_min and f_max. No parameters, no state.
+
+    Raises:
+        ValueError: for clips too short for one reflected frame (n_fft / 2 + 2 samples).
+    """
+
+    # What a masked cell holds: 0 on the logarithmic scale, before normalisation.
+    mask_value = SHIFT / SCALE
+
+    def __init__(self, config: CpMelConfig):
+        super().__init__()
+        self.config = config
+        self.register_buffer("window", torch.hann_window(config.win_length, periodic=False), persistent=False)
+        bin_hz = torch.arange(config.n_fft // 2) * (config.sample_rate / config.n_fft)
+        self.register_buffer("bin_mel", hz_to_mel(bin_hz), persistent=False)  # (bin,); the Nyquist bin has no weight
+        self.n_band_bins = self._widest_band()
+        edges = torch.tensor([config.f_min, config.f_max], dtype=torch.float32)
+        index, weight = self.bands(*edges)
+        self.register_buffer("band_index", index, persistent=False)
+        self.register_buffer("band_weight", weight, persistent=False)
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        if waveform.shape[-1] < self.config.n_fft // 2 + 2:
+            raise ValueError(
+                f"waveform must have at least n_fft / 2 + 2 = {self.config.n_fft // 2 + 2} samples, got {waveform.shape[-1]}"
+            )
+        # Spectra need the range of float32, whatever autocast is set to outside.
+        with torch.autocast(waveform.device.type, enabled=False), torch.no_grad():
+            if self.training and (self.config.fmin_aug_range > 1 or self.config.fmax_aug_range > 1):
+                index, weight = self.bands(*self._draw_edges(waveform.device))
+            else:
+                index, weight = self.band_index, self.band_weight
+            power = self._mel_power(waveform.float(), index, weight)  # (batch, mel, time)
+            return power.add_(LOG_OFFSET).log_().add_(SHIFT).div_(SCALE).unsqueeze(1)
+
+    def bands(self, f_min: Tensor, f_max: Tensor) -> tuple[Tensor, Tensor]:
+        """The filter bank in narrow form: spectrum bins (mel, n) and their weights (mel, n) for edges in Hz.
+
+        A triangle on the mel axis covers few of the bins (of 256 x 2048 weights 3,940 are not zero at the defaults), so
+        each filter is stored as a run of `n_band_bins` consecutive bins that surely holds it. Computed on the device of
+        the edges, without waiting for it.
+        """
+        low, high = hz_to_mel(f_min), hz_to_mel(f_max)
+        step = (high - low) / (self.config.n_mels + 1)
+        left = low + step * torch.arange(self.config.n_mels, device=low.device)  # (mel,)
+        first = torch.searchsorted(self.bin_mel, left)  # first bin at or above the left edge
+        index = first[:, None] + torch.arange(self.n_band_bins, device=low.device)  # (mel, n)
+        inside = index < len(self.bin_mel)
+        index = index.clamp_max(len(self.bin_mel) - 1)
+        rising = (self.bin_mel[index] - left[:, None]) / step
+        falling = (left[:, None] + 2 * step - self.bin_mel[index]) / step
+        return index, torch.minimum(rising, falling).clamp_min(0) * inside
+
+    def _draw_edges(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """One pair of band edges in whole Hz, f_min first, as the published code draws them."""
+        config = self.config
+        f_min = config.f_min + torch.randint(config.fmin_aug_range, (), device=device)
+        f_max = config.f_max + config.fmax_aug_range // 2 - torch.randint(config.fmax_aug_range, (), device=device)
+        return f_min.float(), f_max.float()
+
+    def _widest_band(self) -> int:
+        """Bins that the widest filter can cover for any edges that may be drawn: the topmost, for the widest range."""
+        config = self.config
+        low = hz_to_mel(config.f_min)
+        high = hz_to_mel(config.f_max + config.fmax_aug_range // 2)
+        step = (high - low) / (config.n_mels + 1)
+        width_hz = 700.0 * (torch.exp(high / 1127.0) - torch.exp((high - 2 * step) / 1127.0))
+        return min(int(width_hz * config.n_fft / config.sample_rate) + 2, config.n_fft // 2)
+
+    def _mel_power(self, waveform: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Mel power (batch, mel, time), a few clips at a time on a CPU.
+
+        There the time goes into moving memory, not into the transform, so each chunk is windowed, transformed, squared
+        and summed while it is in the cache. Spectra are kept bin by bin, (bin, clip x time), because the weighted sum
+        over the bins of a filter is then a sum of rows: an embedding bag, which is fast on CPU and GPU alike.
+        """
+        config = self.config
+        n_clips = len(waveform)
+        emphasised = torch.add(waveform[:, 1:], waveform[:, :-1], alpha=-PREEMPHASIS)
+        padded = F.pad(emphasised, (config.n_fft // 2, config.n_fft // 2), mode="reflect")
+        # The window is centred in n_fft samples; where it stands in the transform changes the phase alone.
+        offset = (config.n_fft - config.win_length) // 2
+        n_frames = 1 + emphasised.shape[-1] // config.hop_length
+        frames = padded[:, offset:].unfold(1, config.win_length, config.hop_length)[:, :n_frames]
+        if waveform.device.type == "cpu":
+            frame_bytes = 4 * config.n_fft
+            chunk = max(1, CPU_CHUNK_BYTES // (frame_bytes * n_frames))
+            used = weight > 0  # exact bags instead of runs of one length: a quarter of the rows
+            offsets = F.pad(used.sum(1).cumsum(0), (1, 0))[:-1]
+            index, weight = index[used], weight[used]
+        else:
+            chunk, offsets = n_clips, None
+        power = waveform.new_empty(n_clips, config.n_mels, n_frames)
+        for start in range(0, n_clips, chunk):
+            piece = frames[start : start + chunk]
+            windowed = waveform.new_zeros(len(piece), n_frames, config.n_fft)
+            torch.mul(piece, self.window, out=windowed[..., : config.win_length])
+            spectrum = torch.fft.rfft(windowed).flatten(0, 1)  # (clip x time, bin) complex
+            squared = torch.view_as_real(spectrum.t().contiguous()).square_()  # (bin, clip x time, 2)
+            table = squared.flatten(1)  # real and imaginary part side by side in each row
+            sums = F.embedding_bag(index, table, offsets, mode="sum", per_sample_weights=weight)
+            sums = sums.view(config.n_mels, len(piece), n_frames, 2)
+            torch.add(sums[..., 0], sums[..., 1], out=power[start : start + chunk].transpose(0, 1))
+        return power
