@@ -1,0 +1,140 @@
+"""Batches of waveforms: the part of a data set that a script trains or scores on, read by index from its store."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datasets.audio import FULL_SCALE
+from datasets.cache import WaveformStore
+from datasets.tau import Meta
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What flows from the store to the loss. Every field but `waveform` may be None; nothing is changed in place."""
+
+    waveform: Tensor  # (batch, sample) float32 in [-1, 1]; int16 as stored until `to` is called
+    target: Tensor | None = None  # (batch, class) float32, rows sum to 1
+    recording_device: Tensor | None = None  # (batch,) int64
+    teacher_logits: Tensor | None = None  # (batch, class) float32
+    log_mel: Tensor | None = None  # (batch, 1, mel, time) float32
+
+    def to(self, device: torch.device) -> "Batch":
+        """Moves every field; 16-bit waveforms travel as they are and become floats there."""
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if (value := getattr(self, field.name)) is not None
+        }
+        if moved["waveform"].dtype == torch.int16:
+            moved["waveform"] = moved["waveform"].float() / FULL_SCALE
+        return replace(self, **moved)
+
+
+class Clips:
+    """One part of a data set: its waveforms and everything known about each clip.
+
+    Args:
+        meta: the data set.
+        rows: rows of meta.csv (clip,), in the order of this part.
+        store: the waveforms; None where only the labels are needed.
+        teacher_logits: (clip, class) float, aligned with `rows`; None without a teacher.
+    """
+
+    def __init__(
+        self, meta: Meta, rows: np.ndarray, store: WaveformStore | None, teacher_logits: np.ndarray | None = None
+    ):
+        self.meta = meta
+        self.rows = rows
+        self.files = meta.files[rows]
+        self.scene = torch.from_numpy(meta.scene[rows])
+        self.recording_device = torch.from_numpy(meta.recording_device[rows])
+        self.city = torch.from_numpy(meta.city[rows])
+        self.teacher_logits = None if teacher_logits is None else torch.as_tensor(teacher_logits)
+        self.store = store
+        self._store_rows = None if store is None else store.rows(self.files)
+        self._on_device: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the waveforms of this part in memory, as stored."""
+        return 2 * len(self) * self.store.n_samples
+
+    def load_onto(self, device: torch.device) -> None:
+        """Copies all waveforms and labels into the memory of `device`, block by block; batches then start there."""
+        waveforms = torch.empty(len(self), self.store.n_samples, dtype=torch.int16, device=device)
+        for start in range(0, len(self), 1024):
+            block = self.store.read(self._store_rows[start : start + 1024])
+            waveforms[start : start + 1024] = torch.from_numpy(block).to(device)
+        self._on_device = waveforms
+        self.scene, self.recording_device = self.scene.to(device), self.recording_device.to(device)
+        if self.teacher_logits is not None:
+            self.teacher_logits = self.teacher_logits.to(device)
+
+    def batch(self, index: Tensor) -> Batch:
+        """The clips at positions `index` (batch,) of this part."""
+        if self._on_device is None:
+            waveform = torch.from_numpy(self.store.read(self._store_rows[index.numpy()]))
+        else:
+            index = index.to(self._on_device.device)
+            waveform = self._on_device[index]
+        return Batch(
+            waveform=waveform,
+            target=F.one_hot(self.scene[index], len(self.meta.scenes)).float(),
+            recording_device=self.recording_device[index],
+            teacher_logits=None if self.teacher_logits is None else self.teacher_logits[index].float(),
+        )
+
+
+def epoch_order(n_clips: int, seed: int, epoch: int) -> Tensor:
+    """The order (clip,) in which epoch `epoch` goes through the training part: a function of its arguments alone.
+
+    So an interrupted epoch can go on where it stopped without any sampler state but the number of batches done.
+    """
+    shuffled = np.random.default_rng([seed, epoch]).permutation(n_clips)
+    return torch.from_numpy(shuffled)
+
+
+def batches(
+    clips: Clips, order: Tensor, batch_size: int, device: torch.device, start: int = 0, n_ahead: int = 1
+) -> Iterator[Batch]:
+    """Yields the clips in `order` (clip,) as batches on `device`; the last, smaller one is kept.
+
+    Args:
+        start: number of batches to pass over.
+        n_ahead: batches that a thread reads ahead while the device computes; 0 reads in the caller's thread.
+    """
+    pieces = list(order.split(batch_size))[start:]
+    pin = device.type == "cuda"
+
+    def read(piece: Tensor) -> Batch:
+        batch = clips.batch(piece)
+        return _pin(batch) if pin and batch.waveform.device.type == "cpu" else batch
+
+    if n_ahead == 0 or clips._on_device is not None:
+        for piece in pieces:
+            yield read(piece).to(device)
+        return
+    with ThreadPoolExecutor(1) as reader:
+        waiting = [reader.submit(read, piece) for piece in pieces[:n_ahead]]
+        try:
+            for i in range(len(pieces)):
+                if i + n_ahead < len(pieces):
+                    waiting.append(reader.submit(read, pieces[i + n_ahead]))
+                yield waiting.pop(0).result().to(device)
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _pin(batch: Batch) -> Batch:
+    pinned = {f.name: value.pin_memory() for f in fields(batch) if (value := getattr(batch, f.name)) is not None}
+    return replace(batch, **pinned)
