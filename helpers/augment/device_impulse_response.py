@@ -1,0 +1,87 @@
+"""Device impulse response augmentation: makes clips of one device sound as if others had recorded them.
+
+Source: T. Morocutti, F. Schmid, K. Koutini, G. Widmer, "Device-Robust Acoustic Scene Classification via Impulse Response
+Augmentation", EUSIPCO 2023, https://arxiv.org/abs/2305.07499. Parity with its code: the whole linear convolution cut to
+the length of the clip, delay kept, no change of gain. Departure: one batched FFT on the batch's own device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from datasets.waveforms import Batch
+
+CPU_CHUNK_CLIPS = 4
+
+
+class DeviceImpulseResponse(nn.Module):
+    """Convolves each clip, with probability `p`, with one of `responses`, chosen uniformly and for each clip anew.
+
+    Args:
+        responses: impulse responses (tap,), at the sampling rate of the clips.
+        n_samples: length of the clips.
+        p: probability for a clip; 0 is off.
+        recording_devices: positions of the recording devices whose clips take part; None takes all.
+
+    Raises:
+        ValueError: for a probability outside [0, 1], or p > 0 without responses.
+    """
+
+    def __init__(
+        self, responses: Sequence[np.ndarray], n_samples: int, p: float, recording_devices: Sequence[int] | None = None
+    ):
+        super().__init__()
+        if not 0 <= p <= 1:
+            raise ValueError(f"dir_prob must be in [0, 1], got {p}")
+        if p > 0 and not responses:
+            raise ValueError(f"dir_prob {p} needs impulse responses, got none")
+        self.p = p
+        self.n_samples = n_samples
+        # What a longer response would add lies beyond the end of the clip.
+        n_taps = min(max((len(response) for response in responses), default=1), n_samples)
+        self.n_fft = fast_fft_length(n_samples + n_taps - 1)  # long enough that nothing wraps around
+        spectra = torch.stack([self._spectrum(response[:n_samples]) for response in responses]) if p > 0 else None
+        self.register_buffer("spectra", spectra, persistent=False)  # (response, bin) complex
+        devices = None if recording_devices is None else torch.as_tensor(list(recording_devices))
+        self.register_buffer("recording_devices", devices, persistent=False)
+
+    def forward(self, batch: Batch) -> Batch:
+        if not self.training or self.p == 0:
+            return batch
+        n_clips = len(batch.waveform)
+        device = batch.waveform.device
+        chosen = torch.rand(n_clips, device=device) < self.p  # (batch,)
+        if self.recording_devices is not None:
+            chosen &= torch.isin(batch.recording_device, self.recording_devices)
+        response = torch.randint(len(self.spectra), (n_clips,), device=device)
+        if device.type == "cpu":  # only the chosen clips, few at a time so that their spectra stay in the cache
+            waveform = batch.waveform.clone()
+            for piece in chosen.nonzero().flatten().split(CPU_CHUNK_CLIPS):
+                waveform[piece] = self.convolve(batch.waveform[piece], response[piece])
+        else:  # all clips at once: cheaper than asking the device which ones
+            waveform = torch.where(chosen[:, None], self.convolve(batch.waveform, response), batch.waveform)
+        return replace(batch, waveform=waveform)
+
+    def convolve(self, waveform: Tensor, response: Tensor) -> Tensor:
+        """The first samples of waveform (batch, sample) convolved with the responses at positions `response` (batch,)."""
+        spectrum = torch.fft.rfft(waveform, self.n_fft).mul_(self.spectra[response])
+        return torch.fft.irfft(spectrum, self.n_fft)[:, : self.n_samples]
+
+    def _spectrum(self, response: np.ndarray) -> Tensor:
+        return torch.fft.rfft(torch.as_tensor(response, dtype=torch.float32), self.n_fft)
+
+
+def fast_fft_length(at_least: int) -> int:
+    """The smallest even length >= `at_least` whose only prime factors are 2, 3 and 5."""
+    length = at_least + at_least % 2
+    while True:
+        rest = length
+        for factor in (2, 3, 5):
+            while rest % factor == 0:
+                rest //= factor
+        if rest == 1:
+            return length
+        length += 2

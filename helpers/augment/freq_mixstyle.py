@@ -1,0 +1,64 @@
+"""Freq-MixStyle: mixes the frequency-wise statistics of pairs of spectrograms, and so the style of their devices.
+
+Source: F. Schmid, S. Masoudian, K. Koutini, G. Widmer, "CP-JKU Submission to DCASE22: Distilling Knowledge for
+Low-Complexity Convolutional Neural Networks From a Patchout Audio Transformer", DCASE 2022; MixStyle is from K. Zhou et
+al., ICLR 2021, https://arxiv.org/abs/2104.02008. Departures: none.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from datasets.waveforms import Batch
+
+EPS = 1e-6
+
+
+class FreqMixStyle(nn.Module):
+    """With probability `p`, once for the whole batch, gives every clip statistics mixed with those of another clip.
+
+    Args:
+        p: probability for a batch; 0 is off.
+        alpha: parameter of the Beta(alpha, alpha) distribution of each clip's mixing weight, > 0.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    def __init__(self, p: float, alpha: float):
+        super().__init__()
+        if not 0 <= p <= 1:
+            raise ValueError(f"mixstyle_p must be in [0, 1], got {p}")
+        if not alpha > 0:
+            raise ValueError(f"mixstyle_alpha must be > 0, got {alpha}")
+        self.p, self.alpha = p, alpha
+
+    def forward(self, batch: Batch) -> Batch:
+        if not self.training or self.p == 0:
+            return batch
+        x = batch.log_mel
+        n_clips = len(x)
+        lam = _beta(self.alpha, n_clips, x.device)  # (batch,)
+        # A coin that comes up tails mixes nothing; asked for on the device, so that nobody waits for it.
+        on = torch.rand((), device=x.device) < self.p
+        partner = torch.randperm(n_clips, device=x.device)
+        if x.device.type == "cpu" and not on:
+            return batch
+        return replace(batch, log_mel=torch.where(on, mix_style(x, lam, partner), x))
+
+
+def mix_style(x: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+    """Spectrograms x (batch, channel, mel, time) with statistics mixed: lam (batch,) own, 1 - lam those of `partner`."""
+    lam = lam.view(-1, 1, 1, 1)
+    var, mean = torch.var_mean(x, dim=(1, 3), keepdim=True)  # (batch, 1, mel, 1), unbiased
+    std = (var + EPS).sqrt()
+    mixed_mean = lam * mean + (1 - lam) * mean[partner]
+    mixed_std = lam * std + (1 - lam) * std[partner]
+    return (x - mean) / std * mixed_std + mixed_mean
+
+
+def _beta(alpha: float, n: int, device: torch.device) -> Tensor:
+    """Draws (n,) from Beta(alpha, alpha) on the device: the share of one of two gamma variates in their sum."""
+    gamma = torch._standard_gamma(torch.full((2, n), alpha, device=device))
+    return gamma[0] / gamma.sum(dim=0)

@@ -1,0 +1,36 @@
+"""Time roll: a random circular shift of each clip."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from datasets.waveforms import Batch
+
+
+class TimeRoll(nn.Module):
+    """Rolls each clip by its own random shift; what leaves one end enters the other.
+
+    Args:
+        max_shift: largest shift to either side, in samples, itself included; 0 is off.
+
+    Raises:
+        ValueError: if max_shift is negative.
+    """
+
+    def __init__(self, max_shift: int):
+        super().__init__()
+        if max_shift < 0:
+            raise ValueError(f"roll must be >= 0 samples, got {max_shift}")
+        self.max_shift = max_shift
+
+    def forward(self, batch: Batch) -> Batch:
+        if not self.training or self.max_shift == 0:
+            return batch
+        waveform = batch.waveform  # (batch, sample)
+        n_clips, n_samples = waveform.shape
+        shift = torch.randint(-self.max_shift, self.max_shift + 1, (n_clips,), device=waveform.device)
+        # A shifted copy is a window into the clip written twice; windows are cheaper than an index for each sample.
+        windows = torch.cat([waveform, waveform], dim=1).unfold(1, n_samples, 1)  # (batch, sample + 1, sample), a view
+        rolled = windows[torch.arange(n_clips, device=waveform.device), -shift % n_samples]
+        return replace(batch, waveform=rolled)

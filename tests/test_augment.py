@@ -1,0 +1,235 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.signal import fftconvolve
+from scipy.stats import beta, kstest
+
+from datasets.impulse_responses import read_impulse_responses
+from datasets.waveforms import Batch
+from helpers.augment import build_augment
+from helpers.augment.device_impulse_response import DeviceImpulseResponse, fast_fft_length
+from helpers.augment.freq_mixstyle import FreqMixStyle, _beta, mix_style
+from helpers.augment.spec_mask import SpecMask
+from helpers.augment.time_roll import TimeRoll
+from helpers.losses import kd_loss
+from models import get_frontend, get_model
+from tests.golden_inputs import clip, fill_state, wave
+
+
+def batch_of(n_clips: int = 6, n_samples: int = 3200) -> Batch:
+    log_mel = wave((n_clips, 1, 24, 16), "augment/log_mel")
+    return Batch(
+        wave((n_clips, n_samples), "augment", 0.3), recording_device=torch.arange(n_clips) % 3, log_mel=log_mel
+    )
+
+
+def responses_of(*lengths: int) -> list[np.ndarray]:
+    return [wave((n,), f"augment/ir{n}").numpy() for n in lengths]
+
+
+@pytest.mark.parametrize("n_taps", [1, 48, 3200, 5000])
+def test_impulse_response_is_a_direct_convolution_cut_to_the_clip(n_taps):
+    batch, responses = batch_of(), responses_of(n_taps)
+    out = DeviceImpulseResponse(responses, 3200, p=1.0)(batch).waveform
+    for before, after in zip(batch.waveform.numpy(), out.numpy(), strict=True):
+        reference = np.convolve(before.astype(np.float64), responses[0].astype(np.float64))[:3200]
+        # float32 transforms: 1e-6 of the largest sample, with a margin for the sum over taps
+        np.testing.assert_allclose(after, reference, rtol=0, atol=5e-6 * np.abs(reference).max())
+
+
+def test_impulse_response_matches_the_published_augmentation(golden, shared):
+    data = torch.load(shared("golden/cpjku_dcase23/dir_short.pt"), weights_only=True)
+    waveform = clip(data["clip_seconds"], data["clip_rate"], data["clip_key"])
+    out = DeviceImpulseResponse([data["ir"].numpy()], waveform.shape[1], p=1.0)(Batch(waveform)).waveform
+    torch.testing.assert_close(out, data["output"], rtol=0, atol=1e-5)
+    rolled = out.roll(data["roll_shift"], dims=1)[0]
+    torch.testing.assert_close(rolled[:64], data["rolled_head"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(rolled[-64:], data["rolled_tail"], rtol=0, atol=1e-5)
+
+
+def test_real_responses_match_the_published_augmentation(shared):
+    data = torch.load(shared("golden/cpjku_dcase23/dir_real.pt"), weights_only=True)
+    folder = shared("audio/dirs")
+    names = sorted(path.name for path in folder.glob("*.wav"))
+    everything = read_impulse_responses(folder, data["clip_rate"])
+    assert len(everything) == 66
+    responses = [everything[names.index(name)] for name in data["ir_files"]]
+    assert [len(response) for response in responses] == data["ir_lengths"]
+    for response, head, l2 in zip(responses, data["ir_head"], data["ir_l2"], strict=True):
+        np.testing.assert_allclose(response[:128], head, rtol=0, atol=1e-6)
+        assert np.linalg.norm(response) == pytest.approx(l2, rel=1e-5)
+    waveform = clip(data["clip_seconds"], data["clip_rate"], data["clip_key"])
+    augment = DeviceImpulseResponse(responses, waveform.shape[1], p=1.0)
+    out = augment.convolve(waveform.expand(2, -1), torch.tensor([0, 1]))
+    torch.testing.assert_close(out, data["output"], rtol=0, atol=1e-5)
+    reference = fftconvolve(waveform[0].double(), responses[0].astype(np.float64))[: waveform.shape[1]]
+    np.testing.assert_allclose(out[0], reference, rtol=0, atol=1e-5)
+
+
+def test_impulse_response_takes_part_by_device_and_probability():
+    torch.manual_seed(0)
+    batch = batch_of(n_clips=3000, n_samples=64)
+    out = DeviceImpulseResponse(responses_of(5), 64, p=0.4, recording_devices=[1])(batch).waveform
+    changed = (out != batch.waveform).any(dim=1)
+    assert not changed[batch.recording_device != 1].any()
+    assert changed[batch.recording_device == 1].float().mean().item() == pytest.approx(0.4, abs=0.05)  # 3 sigma
+
+
+def test_every_response_is_used():
+    torch.manual_seed(0)
+    batch = Batch(torch.ones(400, 32))
+    responses = [np.array([gain], dtype=np.float32) for gain in (1.0, 2.0, 3.0)]
+    gains = DeviceImpulseResponse(responses, 32, p=1.0)(batch).waveform[:, 0].round()
+    counts = torch.bincount(gains.long(), minlength=4)[1:]
+    assert counts.min() > 100  # 133 expected, sigma 9.4
+
+
+@pytest.mark.parametrize("n", [1, 2, 97, 43_999, 48_000])
+def test_fft_lengths_are_even_and_smooth(n):
+    length = fast_fft_length(n)
+    assert length >= n
+    assert length % 2 == 0
+    for factor in (2, 3, 5):
+        while length % factor == 0:
+            length //= factor
+    assert length == 1
+
+
+def test_every_clip_is_rolled_by_its_own_shift():
+    torch.manual_seed(0)
+    batch = batch_of(n_clips=200, n_samples=128)
+    rolled = TimeRoll(max_shift=5)(batch).waveform
+    shifts = []
+    for before, after in zip(batch.waveform, rolled, strict=True):
+        shifts += [s for s in range(-5, 6) if torch.equal(after, before.roll(s))][:1]
+    assert len(shifts) == 200
+    assert set(shifts) == set(range(-5, 6))  # both ends included
+
+
+def test_a_roll_longer_than_the_clip_wraps():
+    torch.manual_seed(0)
+    batch = batch_of(n_clips=8, n_samples=16)
+    for before, after in zip(batch.waveform, TimeRoll(max_shift=100)(batch).waveform, strict=True):
+        assert any(torch.equal(after, before.roll(s)) for s in range(16))
+
+
+@pytest.mark.parametrize("axis", ["mel", "time"])
+def test_masks_are_one_band_of_the_given_value_per_clip(axis):
+    torch.manual_seed(0)
+    log_mel = torch.randn(500, 1, 24, 16) + 100
+    masked = SpecMask(max_width=8, axis=axis, value=0.9)(Batch(log_mel, log_mel=log_mel)).log_mel
+    hit = masked == 0.9
+    assert torch.equal(masked[~hit], log_mel[~hit])
+    band = hit[:, 0].any(dim=2 if axis == "mel" else 1)  # (clip, mel or frame)
+    assert torch.equal(hit[:, 0].sum(dim=(1, 2)), band.sum(1) * (16 if axis == "mel" else 24))
+    widths = band.sum(1)
+    assert set(widths.tolist()) == set(range(8))  # 0 .. max_width - 1
+    edges = torch.diff(torch.nn.functional.pad(band.int(), (1, 1)), dim=1)
+    assert ((edges == 1).sum(1) == (widths > 0).int()).all()  # contiguous
+    assert len({tuple(row) for row in band.int().tolist()}) > 50
+
+
+def test_a_shared_mask_is_the_same_for_all_clips():
+    torch.manual_seed(1)
+    log_mel = torch.zeros(5, 1, 24, 16)
+    masked = SpecMask(max_width=20, axis="mel", value=0.9, shared=True)(Batch(log_mel, log_mel=log_mel)).log_mel
+    assert (masked == masked[:1]).all()
+    assert (masked == 0.9).any()
+
+
+def test_mixstyle_matches_the_published_one(golden):
+    data = golden("mixstyle_small")
+    mixed = mix_style(data["x"], data["lam"], torch.tensor(data["perm"]))
+    torch.testing.assert_close(mixed, data["output"], rtol=0, atol=1e-5)
+
+
+def test_mixstyle_of_a_whole_spectrogram_matches_the_published_one(shared):
+    data = torch.load(shared("golden/cpjku_dcase23/mixstyle_student.pt"), weights_only=True)
+    mixed = mix_style(data["x"], data["lam"], torch.tensor(data["perm"]))
+    torch.testing.assert_close(mixed, data["output"], rtol=0, atol=1e-5)
+
+
+def test_mixstyle_happens_to_whole_batches_at_its_rate():
+    torch.manual_seed(0)
+    batch = batch_of(n_clips=2)
+    changed = [not torch.equal(FreqMixStyle(p=0.3, alpha=0.4)(batch).log_mel, batch.log_mel) for _ in range(1000)]
+    # A pairing of each clip with itself changes rounding alone, but does change it.
+    assert np.mean(changed) == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0, 4.0])
+def test_mixing_weights_follow_the_beta_distribution(alpha):
+    torch.manual_seed(0)
+    assert kstest(_beta(alpha, 5000, torch.device("cpu")).numpy(), beta(alpha, alpha).cdf).pvalue > 0.01
+
+
+def test_the_whole_training_path_matches_the_published_one(golden):
+    data = golden("pipeline_train")
+    waveform = clip(data["clip_seconds"], data["clip_rate"], data["clip_key"], data["clip_batch"])
+    augment = DeviceImpulseResponse([data["ir"].numpy()], waveform.shape[1], p=1.0)
+    convolved = augment.convolve(waveform, torch.zeros(len(waveform), dtype=torch.long))
+    waveform = torch.where(torch.tensor(data["dir_on"])[:, None] == 1, convolved, waveform)
+    waveform = torch.stack([w.roll(s) for w, s in zip(waveform, data["roll_shifts"], strict=True)])
+    frontend = get_frontend("cp_mel", f_max=float(data["fmax"]), fmax_aug_range=1)
+    log_mel = frontend(waveform)
+    start, stop = data["freq_mask"]
+    log_mel[:, :, start:stop] = frontend.mask_value
+    torch.testing.assert_close(log_mel.mean(dim=(1, 2, 3)), data["spec_mean"], rtol=0, atol=1e-4)
+    mixed = mix_style(log_mel, data["lam"], torch.tensor(data["perm"]))
+    # Masked rows have variance 0, so rounding is amplified a thousand times.
+    torch.testing.assert_close(mixed[:1, 0], data["mixed_first"], rtol=0, atol=1e-3)
+    logits = fill_state(get_model("cp_mobile")).train()(mixed)
+    torch.testing.assert_close(logits, data["logits"], rtol=0, atol=1e-3)
+    target = torch.nn.functional.one_hot(torch.tensor(data["labels"]), 10).float()
+    teacher = wave((4, 10), data["teacher_key"], data["teacher_scale"])
+    assert kd_loss(logits, target, teacher, 0.02, 2.0).loss.item() == pytest.approx(data["loss"], abs=1e-5)
+
+
+def chain(**options) -> torch.nn.ModuleDict:
+    defaults = dict(
+        responses=responses_of(9), n_samples=3200, dir_prob=1.0, dir_devices=None, roll=50, freqm=8, timem=4,
+        mask_value=0.9, mixstyle_p=1.0, mixstyle_alpha=0.3,
+    )  # fmt: skip
+    return build_augment(**(defaults | options))
+
+
+def test_everything_is_inert_in_eval_and_when_off():
+    batch = batch_of()
+    off = chain(responses=[], dir_prob=0.0, roll=0, freqm=0, timem=0, mixstyle_p=0.0)
+    for augment in (chain().eval(), off):
+        for part in ("waveform", "log_mel"):
+            assert augment[part](batch) is batch
+
+
+def test_the_chain_is_repeatable_and_changes_nothing_in_place():
+    batch = batch_of()
+    kept = replace(batch, waveform=batch.waveform.clone(), log_mel=batch.log_mel.clone())
+    results = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        out = chain()["log_mel"](chain()["waveform"](batch))
+        results.append(out)
+    assert torch.equal(results[0].waveform, results[1].waveform)
+    assert torch.equal(results[0].log_mel, results[1].log_mel)
+    assert torch.equal(batch.waveform, kept.waveform)
+    assert torch.equal(batch.log_mel, kept.log_mel)
+    assert not torch.equal(results[0].waveform, kept.waveform)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: DeviceImpulseResponse(responses_of(4), 64, p=1.5),
+        lambda: DeviceImpulseResponse([], 64, p=0.5),
+        lambda: TimeRoll(-1),
+        lambda: SpecMask(-1, "mel", 0.0),
+        lambda: SpecMask(1, "frequency", 0.0),
+        lambda: FreqMixStyle(p=-0.1, alpha=0.3),
+        lambda: FreqMixStyle(p=0.1, alpha=0.0),
+    ],
+)
+def test_refuses_values_out_of_range(build):
+    with pytest.raises(ValueError, match="must be|needs"):
+        build()
