@@ -311,7 +311,7 @@ def _source_bytes(root: Path, files: list[str]) -> list[int]:
     missing = [file for file in files if Path(file).as_posix() not in sizes]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(files)} clips in {root / 'meta.csv'} have no audio file, first {root / missing[0]}: "
-            "extract all archives, or `python run_dataset.py check` for the whole list"
+            f"{len(missing)} of {len(files)} clips in {root / 'meta.csv'} have no audio file, first "
+            f"{root / missing[0]}: extract all archives, or `python run_dataset.py check` for the whole list"
         )
     return [sizes[Path(file).as_posix()] for file in files]

@@ -72,7 +72,7 @@ def _by_meta_row(path: Path, logits: object, meta: Meta, rows: np.ndarray) -> np
     n_rows, n_classes = logits.shape
     if n_rows not in (len(meta), 2 * len(meta)) or n_classes != len(meta.scenes):
         raise DataError(
-            f"{path} has {n_rows} x {n_classes} logits; {meta.root / 'meta.csv'} asks for {len(meta)} (or twice that) x "
-            f"{len(meta.scenes)}: the file belongs to another data set"
+            f"{path} has {n_rows} x {n_classes} logits; {meta.root / 'meta.csv'} asks for {len(meta)} (or twice "
+            f"that) x {len(meta.scenes)}: the file belongs to another data set"
         )
     return logits[torch.from_numpy(rows)].half().numpy()

@@ -1,8 +1,8 @@
 """Log-mel front ends: waveform -> normalised log-mel spectrogram, on the waveform's own device.
 
-`CpMel` is the front end of the CP-JKU DCASE 2023 systems (student and CP-ResNet; PaSST with other numbers): pre-emphasis,
-power spectrum, Kaldi-style triangles on the mel axis, logarithm, fixed normalisation. Departures from the published code:
-none in the result; the work is ordered for memory (see `CpMel.forward`) and the filters are applied as narrow bands.
+`CpMel` is the front end of the CP-JKU DCASE 2023 systems (student and CP-ResNet; PaSST with other numbers):
+pre-emphasis, power spectrum, Kaldi-style triangles on the mel axis, logarithm, fixed normalisation. Departures from the
+published code: none in the result; the work is ordered for memory and the filters are applied as narrow bands.
 """
 
 from dataclasses import dataclass
@@ -82,7 +82,8 @@ class CpMel(nn.Module):
     def forward(self, waveform: Tensor) -> Tensor:
         if waveform.shape[-1] < self.config.n_fft // 2 + 2:
             raise ValueError(
-                f"waveform must have at least n_fft / 2 + 2 = {self.config.n_fft // 2 + 2} samples, got {waveform.shape[-1]}"
+                f"waveform must have at least n_fft / 2 + 2 = {self.config.n_fft // 2 + 2} samples, "
+                f"got {waveform.shape[-1]}"
             )
         # Spectra need the range of float32, whatever autocast is set to outside.
         with torch.autocast(waveform.device.type, enabled=False), torch.no_grad():

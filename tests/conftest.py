@@ -15,13 +15,13 @@ GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(os.environ.get("ASC_SHARED", Path(__file__).parents[2] / "shared"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def golden() -> Callable[[str], dict[str, Any]]:
     """Loads a golden file of this repository by name."""
     return lambda name: torch.load(GOLDEN / f"{name}.pt", weights_only=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared() -> Callable[[str], Path]:
     """Path of a file beside the repository; the test is skipped where it is missing."""
 
@@ -35,7 +35,7 @@ def shared() -> Callable[[str], Path]:
 
 
 class TauFolder:
-    """A small data set in TAU's layout: one tone and noise per clip; scenes differ in the tone, devices in the noise."""
+    """A small data set in TAU's layout: a tone in noise per clip; scenes differ in the tone."""
 
     def __init__(self, root: Path, rate: int = 44100, seconds: float = 1.0):
         self.root, self.rate, self.seconds = root, rate, seconds

@@ -188,10 +188,10 @@ def test_the_whole_training_path_matches_the_published_one(golden):
 
 
 def chain(**options) -> torch.nn.ModuleDict:
-    defaults = dict(
-        responses=responses_of(9), n_samples=3200, dir_prob=1.0, dir_devices=None, roll=50, freqm=8, timem=4,
-        mask_value=0.9, mixstyle_p=1.0, mixstyle_alpha=0.3,
-    )  # fmt: skip
+    defaults = {
+        "responses": responses_of(9), "n_samples": 3200, "dir_prob": 1.0, "dir_devices": None, "roll": 50, "freqm": 8,
+        "timem": 4, "mask_value": 0.9, "mixstyle_p": 1.0, "mixstyle_alpha": 0.3,
+    }  # fmt: skip
     return build_augment(**(defaults | options))
 
 
@@ -231,5 +231,5 @@ def test_the_chain_is_repeatable_and_changes_nothing_in_place():
     ],
 )
 def test_refuses_values_out_of_range(build):
-    with pytest.raises(ValueError, match="must be|needs"):
+    with pytest.raises(ValueError, match=r"must be|needs"):
         build()

@@ -1,8 +1,9 @@
 """Device impulse response augmentation: makes clips of one device sound as if others had recorded them.
 
-Source: T. Morocutti, F. Schmid, K. Koutini, G. Widmer, "Device-Robust Acoustic Scene Classification via Impulse Response
-Augmentation", EUSIPCO 2023, https://arxiv.org/abs/2305.07499. Parity with its code: the whole linear convolution cut to
-the length of the clip, delay kept, no change of gain. Departure: one batched FFT on the batch's own device.
+Source: T. Morocutti, F. Schmid, K. Koutini, G. Widmer, "Device-Robust Acoustic Scene Classification via Impulse
+Response Augmentation", EUSIPCO 2023, https://arxiv.org/abs/2305.07499. Parity with its code: the whole linear
+convolution cut to the length of the clip, delay kept, no change of gain. Departure: a batched FFT on the batch's own
+device.
 """
 
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ class DeviceImpulseResponse(nn.Module):
         return replace(batch, waveform=waveform)
 
     def convolve(self, waveform: Tensor, response: Tensor) -> Tensor:
-        """The first samples of waveform (batch, sample) convolved with the responses at positions `response` (batch,)."""
+        """Waveform (batch, sample) convolved with the responses at positions `response` (batch,), cut to its length."""
         spectrum = torch.fft.rfft(waveform, self.n_fft).mul_(self.spectra[response])
         return torch.fft.irfft(spectrum, self.n_fft)[:, : self.n_samples]
 

@@ -49,7 +49,7 @@ class FreqMixStyle(nn.Module):
 
 
 def mix_style(x: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
-    """Spectrograms x (batch, channel, mel, time) with statistics mixed: lam (batch,) own, 1 - lam those of `partner`."""
+    """Gives x (batch, channel, mel, time) mixed statistics: a share lam (batch,) its own, the rest of `partner`'s."""
     lam = lam.view(-1, 1, 1, 1)
     var, mean = torch.var_mean(x, dim=(1, 3), keepdim=True)  # (batch, 1, mel, 1), unbiased
     std = (var + EPS).sqrt()

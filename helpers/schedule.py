@@ -1,0 +1,36 @@
+"""Learning-rate schedule of the CP-JKU systems: exponential warm-up, constant, linear ramp-down, constant floor."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+
+@dataclass(frozen=True)
+class WarmupRampdown:
+    """Factor of the peak learning rate for each epoch; set once at the start of the epoch."""
+
+    warm_up_len: Annotated[int, "epochs of exponential warm-up; 0 is off"] = 14
+    ramp_down_start: Annotated[int, "epoch after which the rate falls"] = 50
+    ramp_down_len: Annotated[int, "epochs of the linear ramp-down"] = 84
+    last_lr_value: Annotated[float, "rate after the ramp-down, relative to lr"] = 0.005
+
+    def __post_init__(self):
+        for name in ("warm_up_len", "ramp_down_start", "ramp_down_len", "last_lr_value"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+
+    def factor(self, epoch: int) -> float:
+        return self._up(epoch) * self._down(epoch)
+
+    def _up(self, epoch: int) -> float:
+        if epoch >= self.warm_up_len:
+            return 1.0
+        return math.exp(-5.0 * (1.0 - max(epoch, 0.5) / self.warm_up_len) ** 2)  # epoch 0 counts as half an epoch
+
+    def _down(self, epoch: int) -> float:
+        if epoch <= self.ramp_down_start:
+            return 1.0
+        if epoch >= self.ramp_down_start + self.ramp_down_len:
+            return self.last_lr_value
+        left = (self.ramp_down_len - epoch + self.ramp_down_start) / self.ramp_down_len
+        return self.last_lr_value + (1.0 - self.last_lr_value) * left
