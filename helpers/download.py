@@ -1,0 +1,399 @@
+"""Downloads that survive a broken line and verify what arrived.
+
+A file comes in as `<name>.part` beside its final place, with `<name>.part.json` saying what it is a part of, and gets
+its final name only when it is complete and its checksum fits: whatever carries the final name is whole.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import requests
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there two simultaneous downloads of one file are not told apart
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = 2**16  # small: a connection that breaks loses at most one chunk
+TIMEOUT_S = (10.0, 60.0)  # to connect, and between two pieces of an answer
+MAX_WAIT_S = 120.0  # upper bound of every pause, also of one the server asks for
+
+
+class DownloadError(OSError):
+    """A download or an archive that cannot be used; one line with the address or file, the reason and the remedy.
+
+    Args:
+        message: that line.
+        status: HTTP status that caused it; None where there was none.
+    """
+
+    def __init__(self, message: str, status: int | None = None):
+        super().__init__(message)
+        self.status = status
+
+
+class ChecksumError(DownloadError):
+    """A file, on disk or on the server, that is not the expected one."""
+
+
+class TryAgain(Exception):
+    """A failure that may pass; wait_s is the pause the server asks for, in seconds."""
+
+    def __init__(self, reason: str, wait_s: float | None = None):
+        super().__init__(reason)
+        self.wait_s = wait_s
+
+
+def fetch(
+    url: str,
+    path: Path | str,
+    *,
+    sha256: str | None = None,
+    md5: str | None = None,
+    size: int | None = None,
+    n_tries: int = 5,
+    progress: bool = True,
+    backoff: float = 1.0,
+) -> Path:
+    """Downloads one file, or returns at once when it is there and fits. Memory use does not grow with the file.
+
+    Args:
+        url: http or https address.
+        path: where the file goes; missing folders are made.
+        sha256, md5: expected checksum, hexadecimal; None is not checked.
+        size: expected size in bytes; None is not checked.
+        n_tries: tries in a row that bring nothing new before it gives up; one that got further starts the count anew.
+        progress: progress bar, on a terminal only.
+        backoff: pause before the second try in seconds; doubles with every try, up to MAX_WAIT_S.
+
+    Raises:
+        DownloadError: the file there, or the one that arrived, does not fit; the server cannot be reached, refuses, or
+            sends a web page; the disk is too small; another process is downloading the same file.
+    """
+    path = Path(path)
+    if path.exists():
+        if problem := mismatch(path, sha256=sha256, md5=md5, size=size):
+            raise ChecksumError(f"{path} {problem}; delete it to have it downloaded again from {url}")
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with lock_file(part) as file:
+        transfer = _Transfer(url, path, file, size, sha256 is not None or md5 is not None, progress)
+        try:
+            retry(transfer.run, n_tries, backoff, n_bytes=transfer.n_bytes)
+            os.fsync(file.fileno())
+        except BaseException:
+            if transfer.n_bytes() == 0:  # nothing to resume
+                _remove_part(part)
+            raise
+    if problem := mismatch(part, sha256=sha256, md5=md5, size=size):
+        _remove_part(part)
+        raise ChecksumError(f"{url}: what arrived {problem}; it was removed, run again to download it anew")
+    os.replace(part, path)
+    _remove_part(part)
+    return path
+
+
+def fetch_recorded(url: str, path: Path | str, checksums: Path | str, **options: Any) -> Path:
+    """Downloads a file whose checksum nobody published: the first use records it, every later one compares.
+
+    Size and SHA-256 go into the json file `checksums`, under the path relative to that file's folder. A file that is
+    there but not recorded is recorded as it is. The whole file is hashed at every use, with no shortcut over its time
+    stamp: the files are small (a second per gigabyte), and a swapped file can carry any time stamp.
+
+    Args:
+        url, path: as for `fetch`.
+        checksums: json file, made when it is missing.
+        options: n_tries, progress and backoff of `fetch`.
+
+    Raises:
+        DownloadError: as `fetch`; the file differs from its record; the json file is not readable.
+    """
+    path, checksums = Path(path), Path(checksums)
+    key = Path(os.path.relpath(path.resolve(), checksums.resolve().parent)).as_posix()
+    record = _read_records(checksums).get(key)
+    if record is None:
+        fetch(url, path, **options)
+        record = {"url": url, "size": path.stat().st_size, "sha256": file_hash(path, "sha256")}
+        checksums.parent.mkdir(parents=True, exist_ok=True)
+        write_json(checksums, _read_records(checksums) | {key: record})
+        return path
+    try:
+        return fetch(url, path, sha256=record["sha256"], size=record["size"], **options)
+    except ChecksumError as error:
+        raise ChecksumError(f"{error}; or, to accept the change, remove '{key}' from {checksums}") from error
+
+
+def mismatch(path: Path, *, sha256: str | None = None, md5: str | None = None, size: int | None = None) -> str | None:
+    """Says in what a file differs from what is expected of it ("has 3 bytes instead of 5"); None when it fits."""
+    n_bytes = path.stat().st_size
+    if size is not None and n_bytes != size:
+        return f"has {n_bytes} bytes instead of {size}"
+    for name, expected in (("sha256", sha256), ("md5", md5)):
+        if expected is not None and (found := file_hash(path, name)) != expected.lower():
+            return f"has {name} {found} instead of {expected.lower()}"
+    return None
+
+
+def file_hash(path: Path, name: str) -> str:
+    """Hexadecimal hash of a file; name as in hashlib ("sha256", "md5")."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.new(name, usedforsecurity=False)).hexdigest()
+
+
+def free_bytes(path: Path | str) -> int:
+    """Free disk space in bytes where path lies or would lie; path and its parents need not exist."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def check_space(n_bytes: int, folder: Path, purpose: str) -> None:
+    """Raises DownloadError when fewer than n_bytes are free where folder lies or would lie."""
+    if n_bytes > (n_free := free_bytes(folder)):
+        raise DownloadError(
+            f"{purpose} needs {format_bytes(n_bytes)} of disk space, but {folder} has {format_bytes(n_free)} free; "
+            "make room or choose another folder"
+        )
+
+
+def format_bytes(n_bytes: float) -> str:
+    """Size for people, in decimal units: "27.5GB"."""
+    return tqdm.format_sizeof(n_bytes, "B")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes a json file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextmanager
+def lock_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file for appending, for one process at a time; the lock goes with the process, however it ends."""
+    busy = f"{path} is in use by another process; wait until that is done, or stop it"
+    with path.open("ab", buffering=0) as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DownloadError(busy) from error
+            except OSError as error:  # some network file systems have no locks; working without beats not working
+                logger.debug("no lock on %s: %s", path, error)
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                raise DownloadError(busy)  # it was renamed between opening and locking
+        yield file
+
+
+def retry(action: Callable[[], Any], n_tries: int, backoff: float, n_bytes: Callable[[], int] = lambda: 0) -> Any:
+    """Repeats action while it raises TryAgain; after n_tries in a row without a new top of n_bytes, DownloadError."""
+    most, n_failed = n_bytes(), 0
+    while True:
+        try:
+            return action()
+        except TryAgain as error:
+            failure = error
+        if n_bytes() > most:
+            most, n_failed = n_bytes(), 0
+        n_failed += 1
+        if n_failed >= n_tries:
+            kept = "; what arrived is kept, run again to resume" if n_bytes() else ""
+            raise DownloadError(f"{failure} (tried {n_failed} times); check the network and try again later{kept}")
+        wait_s = failure.wait_s
+        if wait_s is None:  # jitter, so that many clients cut off together do not come back together
+            wait_s = backoff * 2 ** (n_failed - 1) * random.uniform(0.5, 1.0)
+        wait_s = min(wait_s, MAX_WAIT_S)
+        logger.warning("%s; next try in %.0f s (%d of %d)", failure, wait_s, n_failed + 1, n_tries)
+        time.sleep(wait_s)
+
+
+@contextmanager
+def get(url: str, headers: dict[str, str]) -> Iterator[requests.Response]:
+    """GET; failures, also those while the body is read, become TryAgain where they may pass, else DownloadError."""
+    try:
+        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
+            code, answer = response.status_code, f"{url}: the server answered {response.status_code} {response.reason}"
+            if code >= 500 or code in (408, 429):
+                raise TryAgain(answer, _retry_after(response))
+            if code not in (200, 206, 416):
+                raise DownloadError(f"{answer}; check that the address is right and still public", status=code)
+            yield response
+    except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+        reason = _reason(error)
+        if isinstance(error, requests.exceptions.SSLError) and "CERTIFICATE" in reason:
+            raise DownloadError(f"{url}: {reason}; check the clock and the certificates of this computer") from error
+        raise TryAgain(f"{url}: {reason}") from error
+    except requests.RequestException as error:
+        raise DownloadError(f"{url}: {_reason(error)}; check the address") from error
+
+
+def _reason(error: requests.RequestException) -> str:
+    """The short reason inside the nested exceptions of requests and urllib3."""
+    if isinstance(error, requests.Timeout):
+        return "no answer in time"
+    inner = error.args[0] if error.args else error
+    inner = getattr(inner, "reason", inner)
+    if system := getattr(getattr(inner, "__cause__", None), "strerror", None):
+        return str(system)
+    if isinstance(inner, BaseException) and inner.args:
+        inner = inner.args[0]
+    return " ".join(str(inner).split())
+
+
+def _retry_after(response: requests.Response) -> float | None:
+    """The pause asked for in seconds, given as a number or a date; None when there is none that can be read."""
+    value = response.headers.get("Retry-After", "").strip()
+    if value.isdigit():
+        return float(value)
+    try:
+        date = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+
+
+class _Transfer:
+    """Brings a part file to its full size; every `run` is one request, which resumes where the last one ended.
+
+    Args:
+        url, path, size, progress: as in `fetch`.
+        file: part file, open for appending.
+        has_checksum: the result will be verified, so resuming is safe even where the server names no version.
+    """
+
+    def __init__(self, url: str, path: Path, file: BinaryIO, size: int | None, has_checksum: bool, progress: bool):
+        self.url, self.path, self.file, self.size = url, path, file, size
+        self.has_checksum, self.progress = has_checksum, progress
+        self.origin_file = path.with_name(path.name + ".part.json")
+
+    def n_bytes(self) -> int:
+        return os.fstat(self.file.fileno()).st_size
+
+    def start_over(self, why: str) -> TryAgain:
+        self.file.truncate(0)
+        return TryAgain(f"{self.url}: {why}, starting over")
+
+    def run(self) -> None:
+        origin = {}
+        with suppress(FileNotFoundError, ValueError):  # none or a torn one: origin unknown
+            origin = json.loads(self.origin_file.read_text(encoding="utf-8"))
+        version = origin.get("version")
+        same = origin.get("url", self.url) == self.url and (self.has_checksum or version is not None)
+        if not same or (self.size is not None and self.n_bytes() > self.size):
+            self.file.truncate(0)
+        n_have = self.n_bytes()
+        if n_have and n_have == self.size:
+            return
+        headers = {"Accept-Encoding": "identity"}  # the bytes as they are: lengths and ranges count them
+        if n_have:
+            headers["Range"] = f"bytes={n_have}-"
+            if version is not None:
+                headers["If-Range"] = version
+        with get(self.url, headers) as response:
+            start, total = _content_range(response)
+            if response.status_code == 416 and n_have and total == n_have:
+                return  # complete already
+            if response.status_code == 416:
+                raise self.start_over("the part on disk does not belong to the file")
+            if response.status_code == 206:
+                now = _version(response)
+                if start != n_have or (version and now and version != now):
+                    raise self.start_over("the server sent another part than asked for")
+            else:  # a server without ranges, or the file has changed: all of it comes
+                length = response.headers.get("Content-Length", "")
+                total = int(length) if length.isdigit() else None
+            self.receive(response, total)
+
+    def receive(self, response: requests.Response, total: int | None) -> None:
+        """Takes the answer's body; total is the size of the whole file in bytes, None where the server is silent."""
+        if self.size is not None and total not in (None, self.size):
+            raise ChecksumError(
+                f"{self.url}: the server offers {total} bytes instead of {self.size}; the published file has changed, "
+                "look for a newer version of this project"
+            )
+        if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
+            raise DownloadError(f"{self.url}: the server sends it {encoding}-encoded, unasked; use another mirror")
+        chunks = response.iter_content(CHUNK_BYTES)
+        chunk = next(chunks, b"")
+        self.refuse_web_page(response, chunk)
+        if response.status_code == 200:  # not before: a proxy's page must not cost the part
+            self.file.truncate(0)
+        n_have = self.n_bytes()
+        total = self.size if total is None else total
+        check_space((total or n_have) - n_have, self.path.parent, f"downloading {self.url}")
+        write_json(self.origin_file, {"url": self.url, "version": _version(response)})
+        disable = None if self.progress else True  # None: off where it is not a terminal
+        bar = {"unit": "B", "unit_scale": True, "desc": self.path.name, "leave": False}
+        with tqdm(total=total, initial=n_have, disable=disable, **bar) as shown:
+            while chunk:
+                n_have += (n_written := self.write(chunk))
+                shown.update(n_written)
+                chunk = chunk[n_written:] or next(chunks, b"")
+        if total is not None and n_have > total:
+            raise self.start_over(f"more than the announced {total} bytes arrived")
+        if total is not None and n_have < total:
+            raise TryAgain(f"{self.url}: the connection ended after {n_have} of {total} bytes")
+
+    def write(self, chunk: bytes) -> int:
+        try:
+            return self.file.write(chunk)
+        except OSError as error:
+            message = f"{self.path}: {error.strerror} while writing; once that is solved, run again to resume"
+            raise DownloadError(message) from error
+
+    def refuse_web_page(self, response: requests.Response, chunk: bytes) -> None:
+        kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        is_page = chunk.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html"))
+        if (is_page or kind == "text/html") and self.path.suffix not in (".html", ".htm"):
+            raise DownloadError(
+                f"{self.url}: the server sent a web page instead of {self.path.name}; a login or a proxy may be in the "
+                "way, open the address in a browser"
+            )
+
+
+def _version(response: requests.Response) -> str | None:
+    """What names this version of the file in If-Range: a strong ETag, else the date; None where there is neither."""
+    etag = response.headers.get("ETag")
+    return etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
+
+
+def _content_range(response: requests.Response) -> tuple[int | None, int | None]:
+    """(first byte, size of the whole file) out of Content-Range; None for what it does not say."""
+    found = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
+    start, whole = found.groups() if found else (None, None)
+    return (int(start) if start else None), (int(whole) if whole and whole != "*" else None)
+
+
+def _read_records(checksums: Path) -> dict[str, dict[str, Any]]:
+    try:
+        records = json.loads(checksums.read_text(encoding="utf-8")) if checksums.exists() else {}
+        if not all({"sha256", "size"} <= record.keys() for record in records.values()):
+            raise ValueError("an entry without sha256 and size")
+    except (ValueError, AttributeError) as error:
+        raise DownloadError(f"{checksums} is damaged ({error}); restore it, or delete it to record anew") from error
+    return records
+
+
+def _remove_part(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    part.with_name(part.name + ".json").unlink(missing_ok=True)

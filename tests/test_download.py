@@ -1,0 +1,380 @@
+"""Downloads against a local server that cuts, stalls, lies and refuses."""
+
+import hashlib
+import json
+import logging
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tracemalloc
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+
+import pytest
+
+from helpers import download
+from helpers.download import DownloadError, fetch, fetch_recorded, free_bytes
+from tests.http_server import FileServer, Served
+
+CONTENT = hashlib.sha256(b"a file of 300,000 bytes").digest() * 9375
+OTHER = hashlib.sha256(b"another version of it").digest() * 9375
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+MD5 = hashlib.md5(CONTENT).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def direct_and_fast(monkeypatch):
+    """No proxy for the local server; chunks small enough that little is lost at a cut."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(download, "CHUNK_BYTES", 1000)
+
+
+@pytest.fixture
+def server():
+    with FileServer() as running:
+        yield running
+
+
+@pytest.fixture
+def serve(server):
+    """serve(content, faults...) -> address of /data.bin."""
+
+    def put(content: bytes = CONTENT, **faults) -> str:
+        server.files["/data.bin"] = Served(content, **faults)
+        return server.url("/data.bin")
+
+    return put
+
+
+def quick(url, path, **options):
+    return fetch(url, path, backoff=0.001, **options)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(item.name for item in folder.iterdir())
+
+
+def test_downloads_verifies_and_leaves_nothing_else(server, serve, tmp_path):
+    path = tmp_path / "new" / "folder" / "data.bin"
+    assert quick(serve(), path, sha256=SHA256, md5=MD5.upper(), size=len(CONTENT)) == path
+    assert path.read_bytes() == CONTENT
+    assert names(path.parent) == ["data.bin"]
+    assert server.requests[0][1]["Accept-Encoding"] == "identity"
+
+
+def test_downloads_an_empty_file(serve, tmp_path):
+    assert quick(serve(b""), tmp_path / "data.bin", size=0).read_bytes() == b""
+    assert names(tmp_path) == ["data.bin"]
+
+
+def test_a_file_that_fits_is_not_asked_for_again(server, serve, tmp_path):
+    url = serve()
+    (tmp_path / "data.bin").write_bytes(CONTENT)
+    quick(url, tmp_path / "data.bin", sha256=SHA256, size=len(CONTENT))
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("expected", [{"sha256": SHA256}, {"md5": MD5}, {"size": len(CONTENT)}], ids=str)
+def test_a_file_that_does_not_fit_is_named_and_kept(serve, tmp_path, expected):
+    path = tmp_path / "data.bin"
+    path.write_bytes(b"mine")
+    with pytest.raises(DownloadError, match=r"data\.bin has .* instead of .*delete it") as caught:
+        quick(serve(), path, **expected)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert path.read_bytes() == b"mine"
+
+
+def test_resumes_where_the_connection_broke(server, serve, tmp_path):
+    url = serve(drop_after=100_000, n_drops=2, etag='"v1"')
+    path = quick(url, tmp_path / "data.bin", n_tries=2)  # two drops, but each brings something new
+    assert path.read_bytes() == CONTENT
+    starts = [int(value.removeprefix("bytes=").removesuffix("-")) for value in server.ranges("/data.bin")[1:]]
+    assert len(starts) == 2 and 95_000 < starts[0] <= 100_000 and 190_000 < starts[1] <= 200_000
+    assert server.requests[1][1]["If-Range"] == '"v1"'
+
+
+def test_a_later_call_resumes(server, serve, tmp_path):
+    url = serve(drop_after=100_000, n_drops=1, etag='"v1"')
+    with pytest.raises(DownloadError, match="run again to resume"):
+        quick(url, tmp_path / "data.bin", n_tries=1)
+    part = tmp_path / "data.bin.part"
+    n_have = part.stat().st_size
+    assert n_have > 95_000
+    assert quick(url, tmp_path / "data.bin").read_bytes() == CONTENT
+    assert server.ranges("/data.bin") == [None, f"bytes={n_have}-"]
+
+
+def test_without_etag_resumes_only_when_a_checksum_will_tell(server, serve, tmp_path):
+    for checksum, resumes in (({}, False), ({"md5": MD5}, True)):
+        url = serve(drop_after=100_000, n_drops=1)
+        path = tmp_path / f"{resumes}.bin"
+        server.requests.clear()
+        assert quick(url, path, **checksum).read_bytes() == CONTENT
+        assert (server.ranges("/data.bin")[1] is not None) == resumes
+
+
+def test_a_date_names_the_version_where_there_is_no_etag(server, serve, tmp_path):
+    url = serve(drop_after=100_000, n_drops=1, headers={"Last-Modified": "Fri, 03 Mar 2023 10:20:13 GMT"})
+    server.files["/data.bin"].ignore_if_range = True
+    assert quick(url, tmp_path / "data.bin").read_bytes() == CONTENT
+    assert server.requests[1][1]["If-Range"] == "Fri, 03 Mar 2023 10:20:13 GMT"
+
+
+@pytest.mark.parametrize("ignore_if_range", [False, True], ids=["answers with 200", "answers with 206"])
+def test_a_file_changed_in_between_starts_over(serve, tmp_path, ignore_if_range):
+    with pytest.raises(DownloadError):
+        quick(serve(OTHER, drop_after=100_000, etag='"v1"'), tmp_path / "data.bin", n_tries=1)
+    url = serve(etag='"v2"', ignore_if_range=ignore_if_range)
+    assert quick(url, tmp_path / "data.bin").read_bytes() == CONTENT
+
+
+def test_a_part_of_another_address_is_dropped(server, serve, tmp_path):
+    server.files["/old.bin"] = Served(OTHER, drop_after=100_000, etag='"v1"')
+    with pytest.raises(DownloadError):
+        quick(server.url("/old.bin"), tmp_path / "data.bin", n_tries=1)
+    assert quick(serve(etag='"v1"'), tmp_path / "data.bin", sha256=SHA256).read_bytes() == CONTENT
+    assert server.ranges("/data.bin") == [None]
+
+
+@pytest.mark.parametrize("fault", ["ignore_range", "wrong_range"])
+def test_starts_over_where_the_server_cannot_resume(server, serve, tmp_path, fault, caplog):
+    url = serve(drop_after=100_000, n_drops=1, etag='"v1"', **{fault: True})
+    assert quick(url, tmp_path / "data.bin").read_bytes() == CONTENT
+    assert server.ranges("/data.bin")[1] is not None
+    assert ("another part than asked for" in caplog.text) == (fault == "wrong_range")
+
+
+def test_a_server_that_cannot_resume_and_always_breaks_ends(server, serve, tmp_path):
+    with pytest.raises(DownloadError, match=r"ended after|IncompleteRead"):
+        quick(serve(drop_after=100_000, ignore_range=True), tmp_path / "data.bin", n_tries=3)
+    assert len(server.requests) == 3  # the second and third got no further than the first
+
+
+@pytest.mark.parametrize(("n_extra", "n_requests"), [(0, 1), (5, 2)], ids=["complete part", "part too long"])
+def test_416_ends_a_complete_part_and_restarts_another(server, serve, tmp_path, n_extra, n_requests):
+    (tmp_path / "data.bin.part").write_bytes(CONTENT + b"x" * n_extra)
+    assert quick(serve(), tmp_path / "data.bin", sha256=SHA256).read_bytes() == CONTENT
+    assert len(server.requests) == n_requests
+
+
+def test_a_complete_part_of_known_size_needs_no_request(server, serve, tmp_path):
+    (tmp_path / "data.bin.part").write_bytes(CONTENT)
+    quick(serve(), tmp_path / "data.bin", sha256=SHA256, size=len(CONTENT))
+    assert server.requests == [] and names(tmp_path) == ["data.bin"]
+
+
+def test_a_wrong_checksum_removes_the_part(serve, tmp_path):
+    with pytest.raises(DownloadError, match=r"sha256 .* instead of .*removed"):
+        quick(serve(OTHER), tmp_path / "data.bin", sha256=SHA256)
+    assert names(tmp_path) == []
+
+
+def test_a_wrong_size_is_noticed_before_anything_is_written(serve, tmp_path):
+    with pytest.raises(DownloadError, match="offers 300000 bytes instead of 7"):
+        quick(serve(), tmp_path / "data.bin", size=7)
+    assert names(tmp_path) == []
+
+
+def test_a_truncated_answer_without_length_is_noticed_by_its_size(serve, tmp_path):
+    with pytest.raises(DownloadError, match="ended after 1000 of 300000 bytes"):
+        quick(serve(no_length=True, drop_after=1000), tmp_path / "data.bin", size=len(CONTENT), n_tries=2)
+    whole = quick(serve(no_length=True), tmp_path / "whole.bin", size=len(CONTENT))
+    assert whole.read_bytes() == CONTENT
+
+
+def test_passing_failures_are_retried(server, serve, tmp_path):
+    url = serve(statuses=[503, 500, 429, 502])
+    assert quick(url, tmp_path / "data.bin").read_bytes() == CONTENT
+    assert len(server.requests) == 5
+
+
+def test_gives_up_after_n_tries(server, serve, tmp_path):
+    with pytest.raises(DownloadError, match=r"503 .*tried 3 times.*try again later"):
+        quick(serve(statuses=[503] * 9), tmp_path / "data.bin", n_tries=3)
+    assert len(server.requests) == 3
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+def test_a_refusal_is_final(server, serve, tmp_path, status):
+    with pytest.raises(DownloadError, match=f"data.bin: the server answered {status}.*check that") as caught:
+        quick(serve(statuses=[status]), tmp_path / "data.bin")
+    assert len(server.requests) == 1 and caught.value.status == status
+
+
+def test_pauses_double_and_retry_after_is_honoured_up_to_the_bound(serve, tmp_path, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(download.time, "sleep", pauses.append)
+    fetch(serve(statuses=[503] * 4), tmp_path / "a", backoff=8.0)
+    assert all(0.5 * p <= pause <= p for pause, p in zip(pauses, (8, 16, 32, 64), strict=True))
+
+    in_a_minute = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    for asked, low, high in (("7", 7, 7), (in_a_minute, 50, 61), ("86400", 120, 120), ("soon", 0, 1)):
+        pauses.clear()
+        fetch(serve(statuses=[429], retry_after=asked), tmp_path / f"b{low}", backoff=1.0)
+        assert len(pauses) == 1 and low <= pauses[0] <= high, asked
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        Served(b"please log in", content_type="text/html; charset=utf-8"),
+        Served(b"\n<!DOCTYPE html><p>", content_type=""),
+    ],
+    ids=["by header", "by content"],
+)
+def test_a_web_page_is_not_taken_for_the_file(server, tmp_path, page):
+    server.files["/data.bin"] = page
+    with pytest.raises(DownloadError, match=r"web page instead of data\.bin.*open the address"):
+        quick(server.url("/data.bin"), tmp_path / "data.bin")
+    assert names(tmp_path) == [] and len(server.requests) == 1
+    assert quick(server.url("/data.bin"), tmp_path / "page.html").read_bytes() == page.content
+
+
+def test_a_web_page_does_not_cost_the_part(server, serve, tmp_path):
+    (tmp_path / "data.bin.part").write_bytes(CONTENT[:100_000])
+    with pytest.raises(DownloadError, match="web page"):
+        quick(serve(b"<html>", content_type="text/html", ignore_range=True), tmp_path / "data.bin", md5=MD5)
+    quick(serve(), tmp_path / "data.bin", md5=MD5)
+    assert server.ranges("/data.bin") == ["bytes=100000-"] * 2
+
+
+def test_compressed_transfer_is_refused(serve, tmp_path):
+    with pytest.raises(DownloadError, match="gzip-encoded"):
+        quick(serve(headers={"Content-Encoding": "gzip"}), tmp_path / "data.bin")
+
+
+def test_too_small_a_disk_is_named_before_the_download(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "free_bytes", lambda path: 200_000)
+    with pytest.raises(DownloadError, match=rf"needs 300kB of disk space, but {tmp_path} has 200kB free; make room"):
+        quick(serve(), tmp_path / "data.bin")
+    assert names(tmp_path) == []
+    (tmp_path / "data.bin.part").write_bytes(CONTENT[:150_000])  # what is there needs no room any more
+    assert quick(serve(), tmp_path / "data.bin", md5=MD5).read_bytes() == CONTENT
+
+
+def test_a_write_that_fails_keeps_the_part(serve, tmp_path):
+    url = serve()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the nearest thing to a full disk
+    try:
+        with pytest.raises(DownloadError, match=r"data\.bin: File too large while writing.*run again to resume"):
+            quick(url, tmp_path / "data.bin", md5=MD5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "data.bin.part").stat().st_size == 100_000
+    assert quick(url, tmp_path / "data.bin", md5=MD5).read_bytes() == CONTENT
+
+
+def test_writes_that_take_a_part_of_the_bytes_are_continued(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(download._Transfer, "write", lambda self, chunk: self.file.write(chunk[:300]))
+    assert quick(serve(), tmp_path / "data.bin").read_bytes() == CONTENT
+
+
+def test_unreachable_and_malformed_addresses_are_named(tmp_path):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/data.bin"
+        with pytest.raises(DownloadError, match=r"data\.bin: Connection refused \(tried 2 times") as caught:
+            quick(url, tmp_path / "data.bin", n_tries=2)
+    assert url in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(DownloadError, match="check the address"):
+        quick("ftp://127.0.0.1/data.bin", tmp_path / "data.bin")
+    assert names(tmp_path) == []
+
+
+def test_a_silent_server_times_out_and_the_rest_follows(server, serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "TIMEOUT_S", (1.0, 0.2))
+    url = serve(drop_after=100_000, n_drops=1, stall=True)
+    assert quick(url, tmp_path / "data.bin", sha256=SHA256).read_bytes() == CONTENT
+    assert server.ranges("/data.bin")[1] is not None
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "SIGKILL"])
+def test_a_killed_download_is_resumed(server, serve, tmp_path, kill):
+    url = serve(drop_after=200_000, n_drops=1, stall=True, etag='"v1"')
+    path = tmp_path / "data.bin"
+    program = f"from helpers import download; download.CHUNK_BYTES = 1000; download.fetch({url!r}, {str(path)!r})"
+    child = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[1], stderr=subprocess.PIPE)
+    part, deadline = tmp_path / "data.bin.part", time.monotonic() + 20
+    while not part.exists() or part.stat().st_size < 200_000:
+        assert time.monotonic() < deadline and child.poll() is None
+        time.sleep(0.01)
+    with pytest.raises(DownloadError, match=r"data\.bin\.part is in use by another process"):
+        quick(url, path)
+    child.send_signal(kill)
+    child.communicate()
+    assert part.stat().st_size == 200_000
+    assert quick(url, path).read_bytes() == CONTENT
+    assert server.ranges("/data.bin") == [None, "bytes=200000-"]
+
+
+def test_memory_does_not_grow_with_the_file(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "CHUNK_BYTES", 2**16)
+    content = bytes(30_000_000)
+    server.files["/big.bin"], md5 = Served(content), hashlib.md5(content).hexdigest()
+    tracemalloc.start()
+    quick(server.url("/big.bin"), tmp_path / "big.bin", size=30_000_000, md5=md5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5_000_000
+
+
+def test_retries_are_logged(serve, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        quick(serve(statuses=[503]), tmp_path / "data.bin")
+    assert "503" in caplog.text and "2 of 5" in caplog.text
+
+
+def test_the_first_use_records_and_later_ones_compare(server, serve, tmp_path):
+    url, path, checksums = serve(), tmp_path / "sub" / "data.bin", tmp_path / "checksums.json"
+    fetch_recorded(url, path, checksums, backoff=0.001)
+    record = json.loads(checksums.read_text())
+    assert record == {"sub/data.bin": {"url": url, "size": len(CONTENT), "sha256": SHA256}}
+    assert fetch_recorded(url, path, checksums) == path
+    assert len(server.requests) == 1
+
+    stat = path.stat()
+    path.write_bytes(OTHER)  # same size, same time: swapped on purpose
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(
+        DownloadError, match=r"sub/data\.bin has sha256 .*delete it .*remove 'sub/data\.bin' from .*json"
+    ):
+        fetch_recorded(url, path, checksums)
+    path.unlink()
+    assert fetch_recorded(url, path, checksums).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("content", [OTHER, b"short"], ids=["same size", "other size"])
+def test_a_recorded_file_that_changed_on_the_server_is_refused(serve, tmp_path, content):
+    path, checksums = tmp_path / "data.bin", tmp_path / "checksums.json"
+    fetch_recorded(serve(), path, checksums)
+    path.unlink()
+    with pytest.raises(DownloadError, match=r"instead of .*remove 'data\.bin' from"):
+        fetch_recorded(serve(content), path, checksums)
+    assert not path.exists()
+
+
+def test_a_file_put_there_by_hand_is_recorded(server, serve, tmp_path):
+    path, checksums = tmp_path / "data.bin", tmp_path / "new" / "checksums.json"
+    path.write_bytes(CONTENT)
+    fetch_recorded(serve(), path, checksums)
+    assert json.loads(checksums.read_text())["../data.bin"]["sha256"] == SHA256
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"data.bin": {"size": 3}}'])
+def test_a_damaged_record_is_named(serve, tmp_path, text):
+    (tmp_path / "checksums.json").write_text(text)
+    with pytest.raises(DownloadError, match=r"checksums\.json is damaged"):
+        fetch_recorded(serve(), tmp_path / "data.bin", tmp_path / "checksums.json")
+
+
+def test_free_space_is_known_for_folders_to_come(tmp_path):
+    assert free_bytes(tmp_path / "not" / "yet" / "there") == pytest.approx(free_bytes(tmp_path), rel=0.1)
+    assert free_bytes("not/yet/there") > 0
