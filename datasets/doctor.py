@@ -1,0 +1,194 @@
+"""Examines a data set in TAU's layout: lists, labels and every audio file; each finding comes with its remedy."""
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+from datasets.audio import AudioFormat
+from datasets.tau import (
+    META_COLUMNS,
+    TAU22_N_CLIPS,
+    TAU22_N_TEST,
+    TAU22_N_TRAIN,
+    DataError,
+    Meta,
+    parse_clip_name,
+    read_meta,
+    read_table,
+)
+from datasets.tau import test_rows as rows_for_test
+from datasets.tau import train_rows as rows_for_training
+
+TAU22_FOLDER = "TAU-urban-acoustic-scenes-2022-mobile-development"
+N_EXAMPLES = 5
+DOWNLOAD_AGAIN = "extract its archive again (`python run_dataset.py download` repairs what is missing)"
+
+
+@dataclass
+class Finding:
+    problem: str
+    remedy: str
+    files: list[str] = field(default_factory=list)  # what it concerns
+
+    def __str__(self) -> str:
+        examples = "".join(f"\n    {file}" for file in self.files[:N_EXAMPLES])
+        more = f"\n    and {len(self.files) - N_EXAMPLES} more" if len(self.files) > N_EXAMPLES else ""
+        count = f"{len(self.files)} x " if self.files else ""
+        return f"  {count}{self.problem}{examples}{more}\n    -> {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What one audio file turned out to be."""
+
+    format: AudioFormat | None = None  # None: unreadable
+    n_read: int = 0  # samples that could be decoded
+    is_silent: bool = False
+    digest: bytes = b""  # of the samples
+
+
+def check(root: Path | str, quick: bool = False, progress: bool = True) -> tuple[str, list[Finding]]:
+    """Counts and examines a data set.
+
+    Args:
+        root: folder of meta.csv.
+        quick: read headers only; silent, duplicate and cut-short clips are then not found.
+
+    Returns:
+        A table of counts beside the published ones, and the findings; none when all is well.
+
+    Raises:
+        DataError: when meta.csv itself cannot be read.
+    """
+    meta = read_meta(root)
+    is_tau22 = len(meta) == TAU22_N_CLIPS or meta.root.resolve().name == TAU22_FOLDER
+    findings: list[Finding] = []
+    parts: dict[str, np.ndarray] = {}
+    for name, read in (("train", rows_for_training), ("test", rows_for_test)):
+        try:
+            parts[name] = read(meta)
+        except DataError as error:
+            findings.append(Finding(str(error), "put the published evaluation_setup folder back in its place"))
+    if len(parts) == 2 and len(both := np.intersect1d(parts["train"], parts["test"])):
+        files = meta.files[both].tolist()
+        findings.append(Finding("clip in both the training and the test part", "take it out of one of them", files))
+    findings += _check_counts(meta, parts) if is_tau22 else []
+    findings += _check_names(meta)
+    findings += _check_files(meta, quick, progress)
+    return _counts_table(meta, parts, is_tau22), findings
+
+
+def _counts_table(meta: Meta, parts: dict[str, np.ndarray], is_tau22: bool) -> str:
+    published = {"all": TAU22_N_CLIPS, "train": TAU22_N_TRAIN, "test": TAU22_N_TEST}
+    lines = [f"{'part':<12}{'clips':>9}" + (f"{'published':>12}" if is_tau22 else "")]
+    for name, n in ({"all": len(meta)} | {name: len(rows) for name, rows in parts.items()}).items():
+        lines.append(f"{name:<12}{n:>9,}" + (f"{published[name]:>12,}" if is_tau22 else ""))
+    for kind, codes, names in (
+        ("scene", meta.scene, meta.scenes),
+        ("device", meta.recording_device, meta.recording_devices),
+        ("city", meta.city, meta.cities),
+    ):
+        lines += ["", f"{kind:<20}{'all':>9}" + "".join(f"{part:>9}" for part in parts)]
+        for code, name in enumerate(names):
+            in_parts = "".join(f"{int((codes[rows] == code).sum()):>9,}" for rows in parts.values())
+            lines.append(f"{name:<20}{int((codes == code).sum()):>9,}{in_parts}")
+    return "\n".join(lines)
+
+
+def _check_counts(meta: Meta, parts: dict[str, np.ndarray]) -> Iterator[Finding]:
+    wanted = {"meta.csv": (len(meta), TAU22_N_CLIPS)}
+    wanted |= {"training part": (len(parts["train"]), TAU22_N_TRAIN)} if "train" in parts else {}
+    wanted |= {"test part": (len(parts["test"]), TAU22_N_TEST)} if "test" in parts else {}
+    for name, (found, published) in wanted.items():
+        if found != published:
+            yield Finding(f"{name} has {found:,} clips, published are {published:,}", "extract the meta archive again")
+
+
+def _check_names(meta: Meta) -> Iterator[Finding]:
+    """Compares meta.csv's columns with what the file names say, where these follow TAU's pattern."""
+    table = read_table(meta.root / "meta.csv", META_COLUMNS)
+    wrong = []
+    for file, scene, identifier, device in zip(*(table[name] for name in META_COLUMNS), strict=True):
+        name = parse_clip_name(file)
+        if name and (name.scene, f"{name.city}-{name.location}", name.recording_device) != (scene, identifier, device):
+            wrong.append(file)
+    if wrong:
+        yield Finding("labels in meta.csv do not agree with the file name", "extract the meta archive again", wrong)
+
+
+def _check_files(meta: Meta, quick: bool, progress: bool) -> Iterator[Finding]:
+    listed = {Path(file).as_posix() for file in meta.files}
+    present = {
+        f"{folder}/{entry.name}"
+        for folder in sorted({Path(file).parent.as_posix() for file in listed} | {"audio"})
+        if (meta.root / folder).is_dir()
+        for entry in os.scandir(meta.root / folder)
+        if entry.is_file() and entry.name.lower().endswith(".wav")
+    }
+    if missing := sorted(listed - present):
+        yield Finding("listed clip has no file", f"extract all archives: {DOWNLOAD_AGAIN}", missing)
+    if extra := sorted(present - listed):
+        yield Finding("audio file that meta.csv does not list", "delete it, or add it to meta.csv", extra)
+
+    by_format: dict[AudioFormat, list[str]] = defaultdict(list)
+    by_digest: dict[bytes, list[str]] = defaultdict(list)
+    unreadable, cut, silent = [], [], []
+    files = sorted(listed & present)
+    for file, found in _examine_all(meta.root, files, quick, progress):
+        if found.format is None:
+            unreadable.append(file)
+            continue
+        by_format[found.format].append(file)
+        if quick:
+            continue
+        if found.n_read != found.format.n_frames:
+            cut.append(file)
+        elif found.is_silent:
+            silent.append(file)
+        else:
+            by_digest[found.digest].append(file)
+    if unreadable:
+        yield Finding("file cannot be read as audio", DOWNLOAD_AGAIN, unreadable)
+    if cut:
+        yield Finding("file is cut short", DOWNLOAD_AGAIN, cut)
+    if silent:
+        yield Finding("clip is silent", f"{DOWNLOAD_AGAIN}; if it stays silent, leave it out of meta.csv", silent)
+    if twins := [f"{' = '.join(sorted(same))}" for same in by_digest.values() if len(same) > 1]:
+        yield Finding("clips hold the same samples", "keep one of them, or extract their archives again", sorted(twins))
+    if by_format:
+        usual = Counter({form: len(of) for form, of in by_format.items()}).most_common(1)[0][0]
+        for form, of in by_format.items():
+            if form == usual:
+                continue
+            what = "another rate" if form.sample_rate != usual.sample_rate else "another length"
+            yield Finding(f"{what}: {form} instead of {usual}", "convert it, or leave it out of meta.csv", of)
+
+
+def _examine_all(root: Path, files: list[str], quick: bool, progress: bool) -> Iterator[tuple[str, Examined]]:
+    waiting = iter(files)
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+        with tqdm(total=len(files), desc="checking", unit="clip", disable=None if progress else True) as bar:
+            while piece := list(islice(waiting, 1024)):
+                yield from zip(piece, pool.map(lambda file: _examine(root / file, quick), piece), strict=True)
+                bar.update(len(piece))
+
+
+def _examine(path: Path, quick: bool) -> Examined:
+    try:
+        with soundfile.SoundFile(str(path)) as file:
+            form = AudioFormat(file.samplerate, file.frames)
+            if quick:
+                return Examined(form)
+            samples = file.read(dtype="int32")
+    except (soundfile.SoundFileError, OSError):
+        return Examined()
+    return Examined(form, len(samples), not samples.any(), hashlib.blake2b(samples, digest_size=16).digest())
