@@ -116,7 +116,8 @@ def run(main: Callable[[list[str] | None], Any]) -> None:
     """Runs a script's main. What the user can mend ends in one line and exit status 2, not in a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        main(None)
+        result = main(None)
+        sys.exit(result if isinstance(result, int) else 0)
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_status)

@@ -60,7 +60,9 @@ class DeviceImpulseResponse(nn.Module):
         response = torch.randint(len(self.spectra), (n_clips,), device=device)
         if device.type == "cpu":  # only the chosen clips, few at a time so that their spectra stay in the cache
             waveform = batch.waveform.clone()
-            for piece in chosen.nonzero().flatten().split(CPU_CHUNK_CLIPS):
+            clips = chosen.nonzero().flatten()
+            for start in range(0, len(clips), CPU_CHUNK_CLIPS):
+                piece = clips[start : start + CPU_CHUNK_CLIPS]
                 waveform[piece] = self.convolve(batch.waveform[piece], response[piece])
         else:  # all clips at once: cheaper than asking the device which ones
             waveform = torch.where(chosen[:, None], self.convolve(batch.waveform, response), batch.waveform)

@@ -1,9 +1,9 @@
 """Frequency and time masking of SpecAugment.
 
 Source: D. S. Park et al., "SpecAugment: A Simple Data Augmentation Method for Automatic Speech Recognition",
-Interspeech 2019, https://arxiv.org/abs/1904.08779. Widths and positions are drawn as torchaudio's masking does. Departure
-from the published training, which on its torchaudio 0.11 shared one mask in the batch: every clip has its own, unless
-`shared`.
+Interspeech 2019, https://arxiv.org/abs/1904.08779. Widths and positions are drawn as torchaudio's masking does.
+Departure from the published training, which on its torchaudio 0.11 shared one mask in the batch: every clip has its
+own, unless `shared`.
 """
 
 from dataclasses import replace
