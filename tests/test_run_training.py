@@ -214,7 +214,8 @@ def test_defaults_are_the_published_recipe():
         "cache_path": "datasets/cpath", "base_channels": 32, "channels_multiplier": 2.3, "expansion_rate": 3,
         "n_epochs": 150, "batch_size": 256, "mixstyle_p": 0.4, "mixstyle_alpha": 0.3, "weight_decay": 0.0001,
         "roll": 4000, "dir_prob": 0.6, "temperature": 2.0, "kd_lambda": 0.02, "lr": 0.0009, "warm_up_len": 14,
-        "ramp_down_start": 50, "ramp_down_len": 84, "last_lr_value": 0.005, "resample_rate": 32000, "window_size": 3072, "hop_size": 500,
+        "ramp_down_start": 50, "ramp_down_len": 84, "last_lr_value": 0.005,
+        "resample_rate": 32000, "window_size": 3072, "hop_size": 500,
         "n_fft": 4096, "n_mels": 256, "freqm": 48, "timem": 0, "fmin": 0, "fmax": None, "fmin_aug_range": 1,
         "fmax_aug_range": 1000,
     }  # fmt: skip

@@ -1,0 +1,83 @@
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from datasets.tau import DataError
+from helpers import data as data_module
+from helpers import resources
+from helpers.data import DataConfig, load_data
+from helpers.download import DownloadError
+from tests.http_server import FileServer, Served
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def test_impulse_responses_are_fetched_once_and_checked(shared, tmp_path):
+    files = {
+        f"/{path.name.replace('&', '%26')}": Served(path.read_bytes()) for path in shared("audio/dirs").glob("*.wav")
+    }
+    with FileServer(files) as server:
+        folder = resources.micirp_folder(tmp_path / "dirs", server.url(""))
+        assert len(list(folder.glob("*.wav"))) == 66
+        n_requests = len(server.requests)
+        resources.micirp_folder(tmp_path / "dirs", server.url(""))
+        assert len(server.requests) == n_requests == 66
+    (folder / "Doremi_.wav").write_bytes(b"another file")
+    with pytest.raises(DownloadError, match=r"Doremi_\.wav"):
+        resources.micirp_folder(tmp_path / "dirs", "http://127.0.0.1:9")
+
+
+def test_swapped_teacher_logits_are_noticed(tmp_path):
+    torch.save(torch.zeros(4, 10), tmp_path / "source.pt")
+    with FileServer({"/logits.pt": Served((tmp_path / "source.pt").read_bytes())}) as server:
+        path = resources.teacher_logits_file(tmp_path / "r", server.url("/logits.pt"))
+        assert resources.teacher_logits_file(tmp_path / "r", server.url("/logits.pt")) == path
+        assert len(server.requests) == 1
+        torch.save(torch.ones(4, 10), path)
+        with pytest.raises(DownloadError, match=r"ensemble_logits\.pt"):
+            resources.teacher_logits_file(tmp_path / "r", server.url("/logits.pt"))
+
+
+def test_data_efficient_splits_have_the_published_sizes(shared, tmp_path, monkeypatch):
+    """The real list at full size, without audio: the parts that `--subset` leaves."""
+    index = pd.read_csv(shared("audio/tau22_index.csv.gz"))
+    root = tmp_path / "tau22"
+    (root / "evaluation_setup").mkdir(parents=True)
+    place = index.filename.str.extract(r"-(\w+-[^-]+)-[^-]+-\d-")[0]
+    columns = {
+        "filename": index.filename,
+        "scene_label": index.scene_label,
+        "identifier": place,
+        "source_label": index.device,
+    }
+    pd.DataFrame(columns).to_csv(root / "meta.csv", sep="\t", index=False)
+    for fold, name in (("train", "fold1_train"), ("test", "fold1_evaluate")):
+        index[index.fold == fold][["filename"]].to_csv(root / "evaluation_setup" / f"{name}.csv", sep="\t", index=False)
+    for subset in (5, 25):
+        split = index[index[f"in_split{subset}"]][["filename", "scene_label"]].sample(frac=1, random_state=0)
+        split.to_csv(tmp_path / f"split{subset}.csv", sep="\t", index=False)
+
+    class NoAudio:
+        def rows(self, files):
+            return np.arange(len(files))
+
+    monkeypatch.setattr(data_module, "open_store", lambda *_: NoAudio())
+    monkeypatch.setattr(data_module, "subset_file", lambda subset: tmp_path / f"split{subset}.csv")
+    for subset, n_clips in ((5, 6_980), (25, 34_900), (100, 139_620)):
+        parts = load_data(DataConfig(dataset_dir=str(root), subset=subset), 32000, seed=0)
+        assert len(parts.train) == n_clips
+        assert len(parts.test) == 29_680
+    assert parts.groups["unseen"] == ("s4", "s5", "s6")
+
+
+def test_clips_in_both_parts_are_refused(tau, tmp_path):
+    setup = tau.root / "evaluation_setup"
+    shutil.copy(setup / "fold1_train.csv", setup / "fold1_evaluate.csv")
+    with pytest.raises(DataError, match="27 clips are in the training and in the test part"):
+        load_data(DataConfig(dataset_dir=str(tau.root), cache_path=str(tmp_path)), 8000, seed=0)
