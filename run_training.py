@@ -37,6 +37,7 @@ from helpers.data import DataConfig, load_data, load_responses, load_teacher, pl
 from helpers.logger import LOGGERS, RunLogger
 from helpers.loop import LoopState, Precision, StoppedError, StopSignal, predict, train_one_epoch
 from helpers.losses import kd_loss
+from helpers.memory import keep_freed_memory
 from helpers.metrics import score
 from helpers.report import metric_tables, write_report
 from helpers.schedule import WarmupRampdown
@@ -160,6 +161,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     device = cli.torch_device(parser, args.torch_device)
     precision = Precision(args.precision, device)
     torch.manual_seed(args.seed)
+    if device.type == "cpu":
+        keep_freed_memory()
 
     frontend_config, Frontend = FRONTENDS["cp_mel"]
     model_config, Model = MODELS[args.model]

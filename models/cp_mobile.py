@@ -13,6 +13,8 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from models import fused
+
 DEFAULT_STRIDES = MappingProxyType({"b2": (2, 2), "b4": (2, 1)})
 
 
@@ -60,15 +62,18 @@ def conv_unit(
 ) -> nn.Sequential:
     """Convolution without bias (.0), batch norm (.1) and ReLU (.2) where asked for."""
     conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=(kernel - 1) // 2, groups=groups, bias=False)
-    # In place: the norm does not need its output for the backward pass, so the ReLU costs no memory traffic of its own.
+    # In place: the norm does not need its output for the backward pass.
     return nn.Sequential(conv, nn.BatchNorm2d(c_out), *([nn.ReLU(inplace=True)] if relu else []))
 
 
+RESPONSE_EPS = 1e-6
+
+
 class ResponseNorm(nn.Module):
-    """Global response normalisation (Woo et al., ConvNeXt V2) with one scalar gain and bias for all channels.
+    """Global response normalisation (Woo et al., ConvNeXt V2) with a scalar gain and bias for all channels, then ReLU.
 
     n = l2 norm of a channel over (freq, time), divided by the mean of these norms over the channels;
-    y = gamma * x * n + beta + x, computed as x * (1 + gamma * n) + beta to read and write x only once.
+    y = relu(gamma * x * n + beta + x), computed as x * (1 + gamma * n) + beta to read and write x only once.
     """
 
     def __init__(self):
@@ -77,13 +82,15 @@ class ResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, channel, freq, time)
+        if self.training and fused.applies(x):
+            return fused.response_norm_relu(x, self.gamma, self.beta, RESPONSE_EPS)
         norm = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)  # (batch, channel, 1, 1)
-        response = norm / (norm.mean(dim=1, keepdim=True) + 1e-6)
-        return torch.addcmul(self.beta, x, 1 + self.gamma * response)
+        response = norm / (norm.mean(dim=1, keepdim=True) + RESPONSE_EPS)
+        return torch.addcmul(self.beta, x, 1 + self.gamma * response).relu_()
 
 
 class CpMobileBlock(nn.Module):
-    """Pointwise expansion, depthwise 3x3, pointwise projection; shortcut where the width allows; norm; ReLU."""
+    """Pointwise expansion, depthwise 3x3, pointwise projection, shortcut where the width allows, norm, ReLU."""
 
     def __init__(self, c_in: int, c_out: int, expansion_rate: float, stride: Sequence[int]):
         super().__init__()
@@ -100,13 +107,18 @@ class CpMobileBlock(nn.Module):
             self.shortcut = nn.Identity()
         else:  # zeros of the padding count in the mean
             self.shortcut = nn.AvgPool2d(3, tuple(stride), padding=1)
-        self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, channel, freq, time)
-        y = self.block(x)
+        if self.training and fused.applies(x):
+            expand, depthwise, project = self.block
+            y = fused.conv_norm_relu(x, expand[0], expand[1])
+            y = fused.norm_relu_conv(depthwise[0](y), depthwise[1], project[0])
+            y = project[1](y)
+        else:
+            y = self.block(x)
         if self.shortcut is not None:
             y = y + self.shortcut(x)
-        return self.act(self.after_block_norm(y))
+        return self.after_block_norm(y)
 
 
 class CpMobile(nn.Module):

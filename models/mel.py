@@ -16,8 +16,8 @@ PREEMPHASIS = 0.97
 LOG_OFFSET = 1e-5
 # out = (ln(power) + SHIFT) / SCALE: about zero mean, unit deviation on AudioSet, for which PaSST chose them.
 SHIFT, SCALE = 4.5, 5.0
-# Spectra of this many bytes stay in a core's cache while they are windowed, transformed, squared and summed into bands.
-CPU_CHUNK_BYTES = 2 << 20
+# Values of a piece of the batch, for each thread: about what stays in a core's cache from window to logarithm.
+CPU_CHUNK_VALUES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,7 @@ class CpMel(nn.Module):
                 index, weight = self.bands(*self._draw_edges(waveform.device))
             else:
                 index, weight = self.band_index, self.band_weight
-            power = self._mel_power(waveform.float(), index, weight)  # (batch, mel, time)
-            return power.add_(LOG_OFFSET).log_().add_(SHIFT).div_(SCALE).unsqueeze(1)
+            return self._log_mel(waveform.float(), index, weight).unsqueeze(1)
 
     def bands(self, f_min: Tensor, f_max: Tensor) -> tuple[Tensor, Tensor]:
         """The filter bank in narrow form: spectrum bins (mel, n) and their weights (mel, n) for edges in Hz.
@@ -128,38 +127,41 @@ class CpMel(nn.Module):
         width_hz = 700.0 * (torch.exp(high / 1127.0) - torch.exp((high - 2 * step) / 1127.0))
         return min(int(width_hz * config.n_fft / config.sample_rate) + 2, config.n_fft // 2)
 
-    def _mel_power(self, waveform: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        """Mel power (batch, mel, time), a few clips at a time on a CPU.
+    def _log_mel(self, waveform: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Normalised log-mel (batch, mel, time), on a CPU a few clips at a time.
 
-        There the time goes into moving memory, not into the transform, so each chunk is windowed, transformed, squared
-        and summed while it is in the cache. Spectra are kept bin by bin, (bin, clip x time), because the weighted sum
-        over the bins of a filter is then a sum of rows: an embedding bag, which is fast on CPU and GPU alike.
+        There the time goes into moving memory, not into the transform, so a piece of the batch goes through all steps
+        while it is in the cache, in buffers that are used again. Spectra are kept bin by bin, (bin, clip x time),
+        because the weighted sum over the bins of a filter is then a sum of rows: an embedding bag, which is fast on
+        CPU and GPU alike.
         """
         config = self.config
-        n_clips = len(waveform)
-        emphasised = torch.add(waveform[:, 1:], waveform[:, :-1], alpha=-PREEMPHASIS)
-        padded = F.pad(emphasised, (config.n_fft // 2, config.n_fft // 2), mode="reflect")
-        # The window is centred in n_fft samples; where it stands in the transform changes the phase alone.
-        offset = (config.n_fft - config.win_length) // 2
-        n_frames = 1 + emphasised.shape[-1] // config.hop_length
-        frames = padded[:, offset:].unfold(1, config.win_length, config.hop_length)[:, :n_frames]
+        n_clips, n_bins = len(waveform), config.n_fft // 2 + 1
+        n_frames = 1 + (waveform.shape[-1] - 1) // config.hop_length
+        chunk, offsets = n_clips, None
         if waveform.device.type == "cpu":
-            frame_bytes = 4 * config.n_fft
-            chunk = max(1, CPU_CHUNK_BYTES // (frame_bytes * n_frames))
+            chunk = min(n_clips, max(1, CPU_CHUNK_VALUES * torch.get_num_threads() // (config.n_fft * n_frames)))
             used = weight > 0  # exact bags instead of runs of one length: a quarter of the rows
             offsets = F.pad(used.sum(1).cumsum(0), (1, 0))[:-1]
             index, weight = index[used], weight[used]
-        else:
-            chunk, offsets = n_clips, None
-        power = waveform.new_empty(n_clips, config.n_mels, n_frames)
+        log_mel = waveform.new_empty(n_clips, config.n_mels, n_frames)
+        windowed = waveform.new_zeros(chunk, n_frames, config.n_fft)
+        spectrum = waveform.new_empty(chunk * n_frames, n_bins, dtype=torch.complex64)
+        by_bin = waveform.new_empty(n_bins, chunk * n_frames, dtype=torch.complex64)
+        # The window is centred in n_fft samples; where it stands in the transform changes the phase alone.
+        offset = (config.n_fft - config.win_length) // 2
         for start in range(0, n_clips, chunk):
-            piece = frames[start : start + chunk]
-            windowed = waveform.new_zeros(len(piece), n_frames, config.n_fft)
-            torch.mul(piece, self.window, out=windowed[..., : config.win_length])
-            spectrum = torch.fft.rfft(windowed).flatten(0, 1)  # (clip x time, bin) complex
-            squared = torch.view_as_real(spectrum.t().contiguous()).square_()  # (bin, clip x time, 2)
-            table = squared.flatten(1)  # real and imaginary part side by side in each row
-            sums = F.embedding_bag(index, table, offsets, mode="sum", per_sample_weights=weight)
-            sums = sums.view(config.n_mels, len(piece), n_frames, 2)
-            torch.add(sums[..., 0], sums[..., 1], out=power[start : start + chunk].transpose(0, 1))
-        return power
+            clips, into = waveform[start : start + chunk], log_mel[start : start + chunk]
+            n = len(clips) * n_frames
+            emphasised = torch.add(clips[:, 1:], clips[:, :-1], alpha=-PREEMPHASIS)
+            padded = F.pad(emphasised, (config.n_fft // 2, config.n_fft // 2), mode="reflect")
+            frames = padded[:, offset:].unfold(1, config.win_length, config.hop_length)[:, :n_frames]
+            torch.mul(frames, self.window, out=windowed[: len(clips), :, : config.win_length])
+            torch.fft.rfft(windowed[: len(clips)].flatten(0, 1), out=spectrum[:n])
+            squared = torch.view_as_real(by_bin[:, :n].copy_(spectrum[:n].t())).square_()  # (bin, clip x time, 2)
+            # Real and imaginary part stand side by side in each row and are added last.
+            sums = F.embedding_bag(index, squared.flatten(1), offsets, mode="sum", per_sample_weights=weight)
+            sums = sums.view(config.n_mels, len(clips), n_frames, 2)
+            torch.add(sums[..., 0], sums[..., 1], out=into.transpose(0, 1))
+            into.add_(LOG_OFFSET).log_().add_(SHIFT).div_(SCALE)
+        return log_mel
