@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: train test lint clean
 
 train: .venv/run.stamp
-	$(BIN)/python run_training.py --dataset synthetic --n_epochs 15 --batch_size 64 --lr 0.003 --warm_up_len 2 --ramp_down_start 5 --ramp_down_len 9
+	$(BIN)/python run_training.py --dataset synthetic --n_epochs 15 --batch_size 64 --lr 0.003 --warm_up_len 2 --ramp_down_start 5 --ramp_down_len 9 --eval_every 5
 
 test: .venv/dev.stamp lint
 	$(BIN)/python -m pytest

@@ -61,7 +61,7 @@ FREE_ON_RESUME = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(__doc__)
+    parser = cli.Parser(__doc__, usage="python run_training.py [--option value ...]")
     run = parser.add_argument_group("run")
     run.add_argument(
         "--project_name", default="DCASE23_Task1", help="project of the logger, and folder of all its runs"

@@ -20,7 +20,7 @@ DEFAULT_STRIDES = MappingProxyType({"b2": (2, 2), "b4": (2, 1)})
 
 @dataclass(frozen=True)
 class CpMobileConfig:
-    n_classes: Annotated[int, "number of scenes"] = 10
+    n_classes: Annotated[int, "number of scenes; training takes it from the data set"] = 10
     in_channels: Annotated[int, "channels of the spectrogram"] = 1
     base_channels: Annotated[int, "channels of the first stage, rounded to a multiple of 8"] = 32
     channels_multiplier: Annotated[float, "growth of the channels from stage to stage"] = 2.3
