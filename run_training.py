@@ -95,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     compute.add_argument("--compile", action="store_true", help="torch.compile the network (CUDA graphs on a GPU)")
     compute.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=True,
-                         help="memory layout of the network; the faster one on CPU and GPU")  # fmt: skip
+                         help="memory layout of the network; the faster one on a CPU")  # fmt: skip
 
     parser.add_argument_group("network").add_argument("--model", choices=[*MODELS], default="cp_mobile", help="student")
     cli.add_config_arguments(parser, "options of cp_mobile", MODELS["cp_mobile"][0])

@@ -6,8 +6,8 @@
 
 The plain implementation does what the published code does: one cached tensor file per clip, SciPy's convolution clip by
 clip, pre-emphasis as a convolution, a squared pair axis, a dense filter matrix built in every step, and a network in
-NCHW order whose every step writes a new tensor. Both sides are timed in turn, round by round, so that a busy machine slows
-both; the table shows the median over the rounds.
+NCHW order whose every step writes a new tensor. Both sides are timed in turn, round by round, so that a busy machine
+slows both; the table shows the median over the rounds.
 """
 
 import argparse
@@ -29,9 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.cache import open_store
 from datasets.tau import read_meta
-from datasets.waveforms import Batch, Clips
+from datasets.waveforms import Batch, Clips, batches
 from helpers.augment import build_augment
 from helpers.augment.freq_mixstyle import mix_style
+from helpers.loop import LoopState, Precision, train_one_epoch
 from helpers.losses import kd_loss
 from helpers.memory import keep_freed_memory
 from models import get_frontend, get_model
@@ -184,6 +185,19 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
             network(plain_model, plain_masking(x))
             plain_optimizer.step()
 
+        nothing = torch.amp.GradScaler(device.type, enabled=False)
+
+        def loop() -> None:
+            loader = batches(clips, torch.randperm(len(meta)), n, device)
+            arguments = (optimizer, nothing, Precision("fp32", device), LoopState(), lambda: None, len(meta))
+            train_one_epoch(
+                model, frontend, augment, lambda y, _: kd_loss(y, target, teacher, 0.02, 2.0), loader, *arguments
+            )
+
+        def plain_loop() -> None:
+            for _ in range(len(meta) // n):
+                plain_step()
+
         stages = {
             "read": (plain_read, lambda: clips.batch(index).to(device)),
             "impulse responses": (lambda: plain_impulse_response(batch.waveform), lambda: impulse_response(batch)),
@@ -191,6 +205,7 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
             "front end": (lambda: plain_frontend(batch.waveform), lambda: frontend(batch.waveform)),
             "network": (lambda: network(plain_model, log_mel), lambda: network(model, log_mel)),
             "whole step": (plain_step, step),
+            "whole loop": (plain_loop, loop),
         }
         assert model.config == CpMobileConfig()
         print(f"{args.threads} thread(s), {device}, batch {n}; ms per clip, median of {args.rounds} rounds")
@@ -199,7 +214,8 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
         for name, sides in stages.items():
             for work in sides:
                 work()
-            rounds = [[milliseconds(work, device) / n for work in sides] for _ in range(args.rounds)]
+            n_clips = len(meta) if name == "whole loop" else n
+            rounds = [[milliseconds(work, device) / n_clips for work in sides] for _ in range(args.rounds)]
             plain, ours = (statistics.median(times) for times in zip(*rounds, strict=True))
             ratio = statistics.median(b / a for a, b in rounds)
             print(f"{name:<20}{plain:>9.3f}{ours:>9.3f}{ratio:>8.2f}{1000 / ours:>10.0f}")

@@ -29,6 +29,7 @@ from datasets.tau import test_rows as rows_for_test
 from datasets.tau import train_rows as rows_for_training
 
 TAU22_FOLDER = "TAU-urban-acoustic-scenes-2022-mobile-development"
+TAU22_FORMAT = AudioFormat(sample_rate=44100, n_frames=44100)
 N_EXAMPLES = 5
 DOWNLOAD_AGAIN = "extract its archive again (`python run_dataset.py download` repairs what is missing)"
 
@@ -83,7 +84,7 @@ def check(root: Path | str, quick: bool = False, progress: bool = True) -> tuple
         findings.append(Finding("clip in both the training and the test part", "take it out of one of them", files))
     findings += _check_counts(meta, parts) if is_tau22 else []
     findings += _check_names(meta)
-    findings += _check_files(meta, quick, progress)
+    findings += _check_files(meta, TAU22_FORMAT if is_tau22 else None, quick, progress)
     return _counts_table(meta, parts, is_tau22), findings
 
 
@@ -125,7 +126,8 @@ def _check_names(meta: Meta) -> Iterator[Finding]:
         yield Finding("labels in meta.csv do not agree with the file name", "extract the meta archive again", wrong)
 
 
-def _check_files(meta: Meta, quick: bool, progress: bool) -> Iterator[Finding]:
+def _check_files(meta: Meta, expected: AudioFormat | None, quick: bool, progress: bool) -> Iterator[Finding]:
+    """Examines the audio files; without an `expected` format, the most frequent one is taken for right."""
     listed = {Path(file).as_posix() for file in meta.files}
     present = {
         f"{folder}/{entry.name}"
@@ -165,7 +167,7 @@ def _check_files(meta: Meta, quick: bool, progress: bool) -> Iterator[Finding]:
     if twins := [f"{' = '.join(sorted(same))}" for same in by_digest.values() if len(same) > 1]:
         yield Finding("clips hold the same samples", "keep one of them, or extract their archives again", sorted(twins))
     if by_format:
-        usual = Counter({form: len(of) for form, of in by_format.items()}).most_common(1)[0][0]
+        usual = expected or Counter({form: len(of) for form, of in by_format.items()}).most_common(1)[0][0]
         for form, of in by_format.items():
             if form == usual:
                 continue

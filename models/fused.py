@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK_VALUES = 1 << 17  # of the widest tensor, for each thread: three such chunks fit a core's cache
+CHUNK_VALUES = 1 << 17  # of the widest tensor, for each thread: a few such chunks fit a core's cache
+MIN_VALUES = 1 << 20  # of a smaller input, all tensors stay in the cache as it is
 
 
 def applies(x: Tensor) -> bool:
-    """Whether the chunked steps are of use for x (batch, channel, freq, time): training in full precision on a CPU."""
+    """Whether the chunked steps are of use for x (batch, channel, freq, time): training large batches on a CPU."""
     return (
         x.device.type == "cpu"
+        and x.numel() >= MIN_VALUES
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")

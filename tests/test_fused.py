@@ -10,6 +10,7 @@ from tests.golden_inputs import fill_state, wave
 def with_and_without(monkeypatch, module, x: torch.Tensor, dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
     """Output, gradients and statistics of one training step with the chunked steps, then without."""
     results = []
+    monkeypatch.setattr(fused, "MIN_VALUES", 0)
     for chunked in (True, False):
         fill_state(module).to(dtype).train()
         for name, buffer in module.named_buffers():
@@ -57,7 +58,8 @@ def test_a_silent_channel_has_no_slope_and_no_nan(monkeypatch):
 
 
 def test_the_plain_way_is_taken_where_the_chunks_are_of_no_use():
-    x = torch.zeros(2, 8, 4, 4).to(memory_format=torch.channels_last)
+    x = torch.zeros(64, 32, 64, 16).to(memory_format=torch.channels_last)
+    assert not fused.applies(x[:8])
     assert fused.applies(x)
     assert not fused.applies(x.contiguous())
     with torch.no_grad():
