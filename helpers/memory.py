@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
     """Tells the C library to keep freed memory for the next step instead of giving it back; returns whether it can.
 
     Every training step allocates and frees the same tensors. By default glibc returns many of them to the system, which
-    has to zero each page again when it is touched, a tenth of the time of a step and more. Other C libraries are left as
-    they are.
+    has to zero each page again when it is touched, a tenth of the time of a step and more. Other C libraries are left
+    as they are.
     """
     if not sys.platform.startswith("linux"):
         return False
