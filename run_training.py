@@ -291,7 +291,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Na
         if not path.is_file():
             known = sorted(found.parent.name for found in Path(args.project_name).glob("*/options.json"))
             raise CheckpointError(f"no run {args.resume} in {args.project_name}; there is {', '.join(known) or 'none'}")
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged ({error}): start the run again") from error
         changed = {name for name in given - FREE_ON_RESUME if getattr(args, name) != saved.get(name)}
         if changed:
             parser.error(f"{', '.join(f'--{name}' for name in sorted(changed))} cannot change when a run is resumed")
