@@ -113,7 +113,9 @@ def record(spectrum: ndarray, recording_device: str, rng: Generator) -> ndarray:
         noise = noise_spectrum(rng, microphone.noise_tilt_db * np.log2(GRID_HZ / 1000))
         # Parseval: a spectrum of norm n is a waveform of root mean square n * sqrt(2) / n_samples.
         noise *= 10 ** (microphone.noise_db / 20) * N_SAMPLES / np.sqrt(2 * np.square(noise.view(np.float32)).sum())
-        spectrum = spectrum * _transfer(microphone) + noise
+        # Not the operator: it may reuse a temporary and swap the factors, and complex products round by their order.
+        # The cache's result is such a temporary when another thread has filled it meanwhile.
+        spectrum = np.multiply(spectrum, _transfer(microphone)) + noise
     x = np.fft.irfft(spectrum, N_SAMPLES)
     if microphone.ratio > 1:
         frame_power = np.square(x).reshape(-1, SAMPLE_RATE // 50).mean(axis=1)  # 20 ms

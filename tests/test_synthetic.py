@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from datasets import synthetic
+from datasets import synthetic, synthetic_devices
 from datasets.synthetic import SYNTHETIC_NOTICE, write_synthetic
 from datasets.synthetic_devices import MICROPHONES, N_IR_SAMPLES, Microphone
 from datasets.synthetic_scenes import SCENE_SOURCES
@@ -223,6 +223,14 @@ def test_impulse_response_has_the_magnitude_of_the_description():
 def test_bytes_do_not_depend_on_the_number_of_workers(generated_small, tmp_path):
     three_workers = write_synthetic(tmp_path / "three", **ONE_RECORDING_EACH | {"n_workers": 3})
     assert contents(three_workers) == contents(generated_small)
+
+
+def test_recording_does_not_depend_on_which_thread_filled_the_cache(monkeypatch):
+    spectrum = synthetic.render_scene(0, "park", "park-lyon-1", "park-lyon-1-2")
+    synthetic_devices._transfer(MICROPHONES["a"])
+    cached = synthetic.record(spectrum, "a", synthetic.named_rng(0, "a"))
+    monkeypatch.setattr(synthetic_devices, "_transfer", synthetic_devices._transfer.__wrapped__)
+    np.testing.assert_array_equal(synthetic.record(spectrum, "a", synthetic.named_rng(0, "a")), cached)
 
 
 def test_another_seed_gives_other_audio_under_other_names(small, tmp_path):
