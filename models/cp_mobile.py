@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models import fused
+from models.blocks import Add, AvgPool, ConvUnit, GlobalMean
 
 DEFAULT_STRIDES = MappingProxyType({"b2": (2, 2), "b4": (2, 1)})
 
@@ -57,15 +58,6 @@ def make_divisible(value: float, divisor: int = 8) -> int:
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
-def conv_unit(
-    c_in: int, c_out: int, kernel: int, stride: int | Sequence[int] = 1, groups: int = 1, relu: bool = True
-) -> nn.Sequential:
-    """Convolution without bias (.0), batch norm (.1) and ReLU (.2) where asked for."""
-    conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=(kernel - 1) // 2, groups=groups, bias=False)
-    # In place: the norm does not need its output for the backward pass.
-    return nn.Sequential(conv, nn.BatchNorm2d(c_out), *([nn.ReLU(inplace=True)] if relu else []))
-
-
 RESPONSE_EPS = 1e-6
 
 
@@ -84,8 +76,13 @@ class ResponseNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (batch, channel, freq, time)
         if self.training and fused.applies(x):
             return fused.response_norm_relu(x, self.gamma, self.beta, RESPONSE_EPS)
-        norm = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)  # (batch, channel, 1, 1)
-        response = norm / (norm.mean(dim=1, keepdim=True) + RESPONSE_EPS)
+        eps = RESPONSE_EPS
+        if torch.compiler.is_exporting():  # the same ratio from means: runtimes have slow kernels for norms
+            norm = (x * x).mean(dim=(2, 3), keepdim=True).sqrt()
+            eps /= (x.shape[2] * x.shape[3]) ** 0.5
+        else:
+            norm = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)  # (batch, channel, 1, 1)
+        response = norm / (norm.mean(dim=1, keepdim=True) + eps)
         return torch.addcmul(self.beta, x, 1 + self.gamma * response).relu_()
 
 
@@ -97,27 +94,28 @@ class CpMobileBlock(nn.Module):
         width = make_divisible(c_in * expansion_rate)
         self.after_block_norm = ResponseNorm()
         self.block = nn.Sequential(
-            conv_unit(c_in, width, 1),
-            conv_unit(width, width, 3, stride, groups=width),
-            conv_unit(width, c_out, 1, relu=False),
+            ConvUnit(c_in, width, 1),
+            ConvUnit(width, width, 3, stride, groups=width),
+            ConvUnit(width, c_out, 1, relu=False),
         )
         if c_in != c_out:
             self.shortcut = None
         elif tuple(stride) == (1, 1):
             self.shortcut = nn.Identity()
         else:  # zeros of the padding count in the mean
-            self.shortcut = nn.AvgPool2d(3, tuple(stride), padding=1)
+            self.shortcut = AvgPool(c_in, 3, stride, padding=1)
+        self.add = None if self.shortcut is None else Add()
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, channel, freq, time)
-        if self.training and fused.applies(x):
-            expand, depthwise, project = self.block
+        expand, depthwise, project = self.block
+        if self.training and isinstance(expand, ConvUnit) and fused.applies(x):  # not when it was quantized
             y = fused.conv_norm_relu(x, expand[0], expand[1])
             y = fused.norm_relu_conv(depthwise[0](y), depthwise[1], project[0])
             y = project[1](y)
         else:
             y = self.block(x)
         if self.shortcut is not None:
-            y = y + self.shortcut(x)
+            y = self.add(y, self.shortcut(x))
         return self.after_block_norm(y)
 
 
@@ -131,8 +129,8 @@ class CpMobile(nn.Module):
         widths = [base] + [make_divisible(base * config.channels_multiplier**i) for i in range(len(config.n_blocks))]
         # Not rounded, parity with the published checkpoints.
         self.in_c = nn.Sequential(
-            conv_unit(config.in_channels, config.base_channels // 4, 3, stride=2),
-            conv_unit(config.base_channels // 4, base, 3, stride=2),
+            ConvUnit(config.in_channels, config.base_channels // 4, 3, stride=2),
+            ConvUnit(config.base_channels // 4, base, 3, stride=2),
         )
         self.stages = nn.Sequential()
         n_built = 0
@@ -145,7 +143,8 @@ class CpMobile(nn.Module):
                 stride = config.strides.get(name, (1, 1))
                 stage.add_module(name, CpMobileBlock(c_in, widths[i + 1], config.expansion_rate, stride))
             self.stages.add_module(f"s{i + 1}", stage)
-        self.feed_forward = conv_unit(widths[-1], config.n_classes, 1, relu=False)
+        self.feed_forward = ConvUnit(widths[-1], config.n_classes, 1, relu=False)
+        self.pool = GlobalMean()
         self.apply(_init)
 
     def forward(self, log_mel: Tensor) -> Tensor:
@@ -153,7 +152,7 @@ class CpMobile(nn.Module):
         x = self.in_c(log_mel)  # (batch, base, mel / 4, time / 4)
         x = self.stages(x)
         x = self.feed_forward(x)  # (batch, class, freq, time)
-        return x.mean(dim=(2, 3))
+        return self.pool(x)
 
 
 def _init(module: nn.Module) -> None:
