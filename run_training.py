@@ -9,9 +9,7 @@ Recipe: F. Schmid et al., "Distilling the Knowledge of Transformers and CNNs wit
 """
 
 import argparse
-import json
 import logging
-import signal
 import sys
 import time
 from pathlib import Path
@@ -25,139 +23,66 @@ from datasets.waveforms import Batch, batches, epoch_order
 from helpers import cli
 from helpers.augment import build_augment
 from helpers.checkpoint import (
-    CheckpointError,
     describe,
     load_checkpoint,
     restore_training,
     save_checkpoint,
     training_state,
 )
-from helpers.complexity import count_complexity
+from helpers.complexity import Report, enforce_limits, measure, table
 from helpers.data import DataConfig, load_data, load_responses, load_teacher, place_on_device
-from helpers.logger import LOGGERS, RunLogger
-from helpers.loop import LoopState, Precision, StoppedError, StopSignal, predict, train_one_epoch
+from helpers.logger import RunLogger
+from helpers.loop import LoopState, Precision, StopSignal, predict, train_one_epoch
 from helpers.losses import kd_loss
 from helpers.memory import keep_freed_memory
 from helpers.metrics import score
-from helpers.report import metric_tables, write_report
+from helpers.options import (
+    FRONTEND_OPTIONS,
+    add_augmentation_options,
+    add_compute_options,
+    add_data_options,
+    add_distillation_options,
+    add_optimisation_options,
+    add_run_options,
+)
+from helpers.report import epoch_line, metric_tables, write_report
+from helpers.runs import Autosave, last_checkpoint, parse_options
 from helpers.schedule import WarmupRampdown
 from models import FRONTENDS, MODELS
 
 log = logging.getLogger(__name__)
 
-# Published option names of the front end's fields.
-FRONTEND_OPTIONS = {
-    "sample_rate": "resample_rate",
-    "win_length": "window_size",
-    "hop_length": "hop_size",
-    "f_min": "fmin",
-    "f_max": "fmax",
-}
-# What a resumed run may be given anew: it decides where the run goes on or how far, not what it computes.
-FREE_ON_RESUME = {
-    "resume", "n_epochs", "num_workers", "cache_path", "dataset_dir", "dirs_path", "teacher_logits", "data_on_device",
-    "save_minutes", "logger", "project_name",
-}  # fmt: skip
-
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(__doc__, usage="python run_training.py [--option value ...]")
-    run = parser.add_argument_group("run")
-    run.add_argument(
-        "--project_name", default="DCASE23_Task1", help="project of the logger, and folder of all its runs"
-    )
-    run.add_argument("--experiment_name", default="CPJKU_cp-mobile_student_training", help="name shown by the logger")
-    run.add_argument("--logger", nargs="+", choices=[*LOGGERS], default=["wandb"], help="one or more")
-    run.add_argument("--resume", metavar="ID", help="continue this run exactly, with its options")
-    run.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
+    run = add_run_options(parser)
     run.add_argument("--dry_run", action="store_true", help="print options and complexity, then stop; needs no data")
     run.add_argument(
-        "--save_minutes", type=cli.number(float, 0), default=10.0, help="time between checkpoints within an epoch"
+        "--enforce_limits", action="store_true", help="refuse a network over the challenge's limits at int8 (status 2)"
     )
-    run.add_argument(
-        "--eval_every", type=cli.number(int, 1), default=1, help="epochs between evaluations; the last is always scored"
-    )
-
-    cli.add_config_arguments(parser, "data", DataConfig)
-    data = parser.add_argument_group("loading")
-    data.add_argument(
-        "--num_workers", type=cli.number(int, 0), default=1, help="batches read ahead by a thread; 0 reads in turn"
-    )
-    data.add_argument("--data_on_device", choices=["auto", "yes", "no"], default="auto",
-                      help="keep the training part in the device's memory; auto: on a GPU where it fits")  # fmt: skip
-
-    compute = parser.add_argument_group("computation")
-    compute.add_argument(
-        "--torch_device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ..."
-    )
+    add_data_options(parser)
+    compute = add_compute_options(parser)
     compute.add_argument(
         "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the network in training"
     )
     compute.add_argument("--compile", action="store_true", help="torch.compile the network (CUDA graphs on a GPU)")
-    compute.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=True,
-                         help="memory layout of the network; the faster one on a CPU")  # fmt: skip
-
-    parser.add_argument_group("network").add_argument("--model", choices=[*MODELS], default="cp_mobile", help="student")
+    parser.add_argument_group("network").add_argument(
+        "--model", choices=["cp_mobile"], default="cp_mobile", help="student"
+    )
     cli.add_config_arguments(parser, "options of cp_mobile", MODELS["cp_mobile"][0])
     parser.set_defaults(n_classes=None)
     cli.add_config_arguments(parser, "front end", FRONTENDS["cp_mel"][0], FRONTEND_OPTIONS)
-
-    augment = parser.add_argument_group("augmentation")
-    augment.add_argument(
-        "--roll", type=cli.number(int, 0), default=4000, help="largest circular shift of a clip, in samples; 0 is off"
-    )
-    augment.add_argument(
-        "--dir_prob",
-        type=cli.number(float, 0, 1),
-        default=0.6,
-        help="share of clips given a device impulse response; 0 is off",
-    )
-    augment.add_argument("--dirs_path", help="folder of impulse responses (default: MicIRP's, fetched once)")
-    augment.add_argument("--dir_devices", default="auto",
-                         help="recording devices to convolve: names joined by commas, all, or auto (a)")  # fmt: skip
-    augment.add_argument(
-        "--mixstyle_p", type=cli.number(float, 0, 1), default=0.4, help="share of batches with Freq-MixStyle; 0 is off"
-    )
-    augment.add_argument(
-        "--mixstyle_alpha",
-        type=cli.number(float, 0, above=True),
-        default=0.3,
-        help="parameter of its Beta distribution",
-    )
-    augment.add_argument(
-        "--freqm", type=cli.number(int, 0), default=48, help="widest frequency mask plus one, in mel bins; 0 is off"
-    )
-    augment.add_argument(
-        "--timem", type=cli.number(int, 0), default=0, help="widest time mask plus one, in frames; 0 is off"
-    )
-
-    kd = parser.add_argument_group("distillation")
-    kd.add_argument(
-        "--temperature", type=cli.number(float, 0, above=True), default=2.0, help="divides student and teacher logits"
-    )
-    kd.add_argument(
-        "--kd_lambda",
-        type=cli.number(float, 0, 1),
-        default=0.02,
-        help="weight of the labels; the teacher has the rest; 1 is off",
-    )
-    kd.add_argument(
-        "--teacher_logits", metavar="FILE", help="logits of the training clips (default: TAU22's, fetched once)"
-    )
-
-    optim = parser.add_argument_group("optimisation")
-    optim.add_argument("--n_epochs", type=cli.number(int, 1), default=150)
-    optim.add_argument("--batch_size", type=cli.number(int, 1), default=256)
-    optim.add_argument("--lr", type=cli.number(float, 0, above=True), default=0.0009, help="peak learning rate of Adam")
-    optim.add_argument("--weight_decay", type=cli.number(float, 0), default=0.0001, help="added to the gradient")
-    cli.add_config_arguments(parser, "schedule (epochs)", WarmupRampdown)
+    add_augmentation_options(parser)
+    add_distillation_options(parser)
+    add_optimisation_options(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = make_parser()
-    args, given = parse(parser, sys.argv[1:] if argv is None else argv)
-    checkpoint = load_checkpoint(last_checkpoint(args)) if args.resume else None
+    args, given = parse_options(parser, sys.argv[1:] if argv is None else argv)
+    path = last_checkpoint(args.project_name, args.resume) if args.resume else None
+    checkpoint = None if path is None else load_checkpoint(path)
     device = cli.torch_device(parser, args.torch_device)
     precision = Precision(args.precision, device)
     torch.manual_seed(args.seed)
@@ -185,6 +110,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     place_on_device(data.train, args.data_on_device, device)
     with cli.option_errors(parser):
         model = Model(cli.config_from(args, model_config))
+        if args.enforce_limits:
+            enforce_limits(complexity(args, model, frontend))
         augment = build_augment(
             responses, data.store.n_samples, args.dir_prob, dir_devices, args.roll, args.freqm, args.timem,
             Frontend.mask_value, args.mixstyle_p, args.mixstyle_alpha,
@@ -195,7 +122,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     scaler = precision.scaler()
     state = LoopState()
     if checkpoint is not None:
-        path = last_checkpoint(args)
         restore_training(path, checkpoint, data.meta.scenes, model, optimizer, scaler, state, device)
 
     def loss_fn(logits: Tensor, batch: Batch):
@@ -217,28 +143,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                     "frontend": describe(frontend, FRONTENDS),
                     "scenes": list(data.meta.scenes),
                     "recording_devices": list(data.meta.recording_devices),
+                    "clip_samples": data.store.n_samples,
                     "options": vars(args),
                     **training_state(optimizer, scaler, state, device),
                 },
             )
 
-        saved_at = time.monotonic()
-
-        def after_step() -> None:
-            nonlocal saved_at
-            if stop.number is None and time.monotonic() - saved_at < 60 * args.save_minutes:
-                return
-            state.check_finite(optimizer.param_groups[0]["lr"])
-            save()
-            saved_at = time.monotonic()
-            if stop.number is not None:
-                raise StoppedError(
-                    f"stopped by {signal.Signals(stop.number).name} in epoch {state.epoch} after {state.step} steps, "
-                    "all saved; resume with: "
-                    f"python run_training.py --project_name {args.project_name} --resume {logger.id}",
-                    exit_status=128 + stop.number,
-                )
-
+        resume = f"python run_training.py --project_name {args.project_name} --resume {logger.id}"
+        autosave = Autosave(save, args.save_minutes, stop, state, optimizer, resume)
         if checkpoint is None:
             save()  # from here on a killed run can be resumed
         metrics: dict[str, float] = {}
@@ -249,7 +161,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             order = epoch_order(len(data.train), args.seed, state.epoch)
             loader = batches(data.train, order, args.batch_size, device, start=state.step, n_ahead=args.num_workers)
             losses = train_one_epoch(
-                forward, frontend, augment, loss_fn, loader, optimizer, scaler, precision, state, after_step, len(order)
+                forward, frontend, augment, loss_fn, loader, optimizer, scaler, precision, state, autosave, len(order)
             )
             seconds = time.monotonic() - started
             metrics = {f"train/{name}": value for name, value in losses.items()}
@@ -271,7 +183,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             if better:
                 save(logger.checkpoint_dir / "best.pt")
             save()
-            saved_at = time.monotonic()
+            autosave.saved_at = time.monotonic()
 
         logits = predict(forward, frontend, data.test, args.batch_size, device, args.num_workers)
         metrics |= {f"test/{key}": value for key, value in score(data.test, logits, data.groups).items()}
@@ -283,60 +195,26 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     return metrics
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
-    """Parsed options and the names of those given explicitly; a resumed run takes its other options from its folder."""
-    args, given = parser.parse_args(argv), cli.given_options(parser, argv)
-    if args.resume:
-        path = Path(args.project_name) / args.resume / "options.json"
-        if not path.is_file():
-            known = sorted(found.parent.name for found in Path(args.project_name).glob("*/options.json"))
-            raise CheckpointError(f"no run {args.resume} in {args.project_name}; there is {', '.join(known) or 'none'}")
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{path} is damaged ({error}): start the run again") from error
-        changed = {name for name in given - FREE_ON_RESUME if getattr(args, name) != saved.get(name)}
-        if changed:
-            parser.error(f"{', '.join(f'--{name}' for name in sorted(changed))} cannot change when a run is resumed")
-        parser.set_defaults(**{name: value for name, value in saved.items() if name in vars(args)})
-        args = parser.parse_args(argv)
-        given |= {name for name in ("kd_lambda", "teacher_logits") if name in saved.get("given", ())}
-    args.given = sorted(given)
-    return args, given
-
-
-def last_checkpoint(args: argparse.Namespace) -> Path:
-    path = Path(args.project_name) / args.resume / "checkpoints" / "last.pt"
-    if not path.is_file():
-        raise CheckpointError(
-            f"run {args.resume} has no {path}: it stopped before its first checkpoint, start it again"
-        )
-    return path
-
-
 def dry_run(args: argparse.Namespace, model: torch.nn.Module, frontend: torch.nn.Module) -> dict[str, float]:
-    """Prints the options in effect, and the complexity of the network for a one-second clip."""
+    """Prints the options in effect, and the complexity of the network for a one-second clip.
+
+    Raises:
+        LimitError: with --enforce_limits, after the table, for a network over the challenge's limits.
+    """
     for name, value in sorted(vars(args).items()):
         print(f"{name:24} {value}")
+    report = complexity(args, model, frontend)
+    print(f"\n{args.model} on {report.input_shape} (channel, mel, time), one second:\n{table(report)}")
+    if args.enforce_limits:
+        enforce_limits(report)
+    return {"n_parameters": report.trained.n_parameters, "macs": report.trained.arithmetic_macs}
+
+
+def complexity(args: argparse.Namespace, model: torch.nn.Module, frontend: torch.nn.Module) -> Report:
+    """Counts the network for a clip of one second, which is what the challenge's limit on MACs is about."""
     device = next(frontend.buffers()).device
     log_mel = frontend.eval()(torch.zeros(1, args.resample_rate, device=device))
-    complexity = count_complexity(model, tuple(log_mel.shape[1:]))
-    print(f"{args.model} on {tuple(log_mel.shape[1:])} (channel, mel, time): {complexity}")
-    return {"n_parameters": complexity.n_parameters, "macs": complexity.macs}
-
-
-def epoch_line(epoch: int, metrics: dict[str, float]) -> str:
-    line = (
-        f"epoch {epoch}: loss {metrics['train/loss']:.4f}, lr {metrics['train/lr']:.2e}, "
-        f"{metrics['train/clips_per_second']:.0f} clips/s"
-    )
-    for part in ("val", "test"):
-        if f"{part}/acc" in metrics:
-            groups = [
-                f"{g} {metrics[key]:.1%}" for g in ("real", "seen", "unseen") if (key := f"{part}/acc/{g}") in metrics
-            ]
-            line += f"; {part} accuracy {metrics[f'{part}/acc']:.1%} ({', '.join(groups)})"
-    return line
+    return measure(model, tuple(log_mel.shape[1:]))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Checkpoints: tensors and plain values, so they load without running code, and everything to build the parts again.
 
 Our own hold `model` and `frontend` as {name, config, state}, the class names, the options of the run and, for resuming,
-the state of optimizer, scaler, random generators and loop. The published Lightning checkpoints (CP-Mobile) are read
-too: their network is recognised from the shapes of its weights, since they hold no hyper-parameters.
+the state of optimizer, scaler, random generators and loop. `precision` says what the network is for: fp32 (or left
+out), fp16, or int8: the state then includes the ranges of activations, and `quantization` holds its config. The
+published Lightning checkpoints (CP-Mobile) are read too: their network is recognised from the shapes of its weights,
+since they hold no hyper-parameters.
 """
 
 import os
@@ -19,8 +21,10 @@ from torch import nn
 
 from datasets.tau import SCENES
 from helpers.loop import LoopState
+from helpers.quantization import prepare
 from models import FRONTENDS, MODELS, get_frontend, get_model
 from models.cp_mobile import make_divisible
+from models.quantized import QuantConfig
 
 FORMAT = "low-complexity ASC checkpoint 1"
 
@@ -31,8 +35,9 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    model: nn.Module  # eval mode, on the CPU
+    model: nn.Module  # eval mode, on the CPU; of an int8 checkpoint with fake quantization, see helpers/quantization.py
     frontend: nn.Module
+    precision: str  # fp32, int8 or fp16
     scenes: tuple[str, ...]  # what the outputs stand for
     content: dict[str, Any]  # the whole file
 
@@ -141,15 +146,23 @@ def load_model(path: Path | str) -> LoadedModel:
         scenes = SCENES if model["config"]["n_classes"] == len(SCENES) else ()
     else:
         raise CheckpointError(f"{path} is neither a checkpoint of this project nor a published CP-Mobile one")
+    precision = parts.get("precision", "fp32")
     return LoadedModel(
-        model=build_part(parts["model"], MODELS, path).eval(),
+        model=build_part(parts["model"], MODELS, path, precision, parts.get("quantization")).eval(),
         frontend=build_part(parts["frontend"], FRONTENDS, path).eval(),
+        precision=precision,
         scenes=scenes,
         content=content,
     )
 
 
-def build_part(part: Mapping[str, Any], table: Mapping, path: Path) -> nn.Module:
+def build_part(
+    part: Mapping[str, Any],
+    table: Mapping,
+    path: Path,
+    precision: str = "fp32",
+    quantization: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """Builds a network or front end from its description and loads its state strictly.
 
     Raises:
@@ -157,6 +170,10 @@ def build_part(part: Mapping[str, Any], table: Mapping, path: Path) -> nn.Module
     """
     try:
         built = (get_model if table is MODELS else get_frontend)(part["name"], **part["config"])
+        if precision == "int8":
+            built = prepare(built, QuantConfig(**quantization))
+        elif precision == "fp16":
+            built = built.half()
         built.load_state_dict(part["state"])
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit the network it describes: {error}") from error

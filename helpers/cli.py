@@ -12,7 +12,9 @@ import torch
 
 from datasets.tau import DataError
 from helpers.checkpoint import CheckpointError
+from helpers.complexity import LimitError
 from helpers.loop import NonFiniteLossError, StoppedError
+from helpers.quantization import QuantizationError
 
 USAGE_ERROR = 2
 
@@ -52,6 +54,8 @@ def add_config_arguments(
         default = None if field.default is MISSING else field.default
         if get_origin(kind) is Literal:
             group.add_argument(f"--{option}", choices=get_args(kind), default=default, help=description)
+        elif kind is bool:
+            group.add_argument(f"--{option}", action=argparse.BooleanOptionalAction, default=default, help=description)
         else:
             group.add_argument(f"--{option}", type=_scalar(kind), default=default, help=description)
 
@@ -121,7 +125,7 @@ def run(main: Callable[[list[str] | None], Any]) -> None:
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_status)
-    except (DataError, CheckpointError, NonFiniteLossError, OSError) as error:
+    except (DataError, CheckpointError, NonFiniteLossError, QuantizationError, LimitError, OSError) as error:
         logging.getLogger(__name__).debug("", exc_info=True)
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)

@@ -57,6 +57,21 @@ def metric_tables(metrics: Mapping[str, float], split: str = "test") -> str:
     return "\n\n".join("\n".join(lines) for lines in blocks)
 
 
+def epoch_line(epoch: int, metrics: Mapping[str, float]) -> str:
+    """What the terminal shows of an epoch: loss, learning rate, speed, and accuracies where they were measured."""
+    line = (
+        f"epoch {epoch}: loss {metrics['train/loss']:.4f}, lr {metrics['train/lr']:.2e}, "
+        f"{metrics['train/clips_per_second']:.0f} clips/s"
+    )
+    for part in ("val", "test", "fp32/val", "fp32/test"):
+        if f"{part}/acc" in metrics:
+            groups = [
+                f"{g} {metrics[key]:.1%}" for g in ("real", "seen", "unseen") if (key := f"{part}/acc/{g}") in metrics
+            ]
+            line += f"; {part} accuracy {metrics[f'{part}/acc']:.1%} ({', '.join(groups)})"
+    return line
+
+
 def spread(values: Sequence[float]) -> str:
     """Mean and sample standard deviation over seeds with their number, such as `57.0 +- 1.1 (5)`.
 

@@ -8,6 +8,13 @@ from datasets.tau import SUBSET_URL
 from datasets.teacher_logits import TEACHER_LOGITS_URL
 from helpers.download import fetch, fetch_recorded
 
+PUBLISHED_RUN = "c0a7nzin"
+PUBLISHED_URL = (
+    "https://raw.githubusercontent.com/fschmid56/cpjku_dcase23/2e20abaa64264f227c50696e5a43d4c706543ff4/"
+    f"DCASE23_Task1/{PUBLISHED_RUN}/checkpoints/epoch%3D149-step%3D81900.ckpt"
+)
+PUBLISHED_SHA256 = "41a1ff72cadb90f6ce0345ed961822f7d0a77ab92b5fcafe9e07d00d891ce118"
+
 log = logging.getLogger(__name__)
 
 RESOURCES = Path(__file__).resolve().parent.parent / "resources"
@@ -33,3 +40,8 @@ def teacher_logits_file(folder: Path = RESOURCES, url: str = TEACHER_LOGITS_URL)
 def subset_file(subset: int, folder: Path = RESOURCES / "split_setup", url: str = SUBSET_URL) -> Path:
     """The list of one of TAU22's data-efficient training splits."""
     return fetch_recorded(url.format(subset=subset), folder / f"split{subset}.csv", folder / "checksums.json")
+
+
+def published_checkpoint(folder: Path = RESOURCES, url: str = PUBLISHED_URL) -> Path:
+    """The published CP-Mobile student, fetched when missing."""
+    return fetch(url, folder / f"{PUBLISHED_RUN}.ckpt", sha256=PUBLISHED_SHA256)

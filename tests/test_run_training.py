@@ -227,8 +227,37 @@ def test_help_and_dry_run_need_no_data(capsys):
         run_training.main(["--help"])
     assert caught.value.code == 0
     assert "--dir_prob" in capsys.readouterr().out
-    result = run_training.main(["--dry_run"])
+    result = run_training.main(["--dry_run", "--enforce_limits"])
     assert result == {"n_parameters": 126_952, "macs": 28_889_088}
+    printed = capsys.readouterr().out
+    for expected in ("channels_multiplier      2.3\n", "stages.s1.b1.block.1", "29,561,088", "within the limits"):
+        assert expected in printed
+
+
+@pytest.mark.parametrize("extra", [["--dry_run"], []], ids=["dry run", "training"])
+def test_a_network_over_the_limits_is_refused_when_asked(options, extra, monkeypatch, capsys):
+    wide = [*options, "--base_channels", "64", "--expansion_rate", "4", "--resample_rate", "8000", "--n_mels", "256"]
+    status, errors = outcome([*wide, "--enforce_limits", *extra], monkeypatch, capsys)
+    assert status == 2
+    assert errors.strip().splitlines()[-1].startswith("error: the folded network is over the challenge's limits: ")
+    assert "bytes of parameters at int8, limit 128,000; " in errors
+    assert "MACs for one clip, limit 30,000,000" in errors
+    assert "Traceback" not in errors
+    assert not Path("DCASE23_Task1").exists()
+
+
+def test_enforcing_limits_changes_nothing_for_a_network_within_them(options, tmp_path):
+    for name, extra in (("one", []), ("two", ["--enforce_limits"])):
+        run_training.main([*options, "--project_name", name, "--n_epochs", "1", *extra])
+    one, two = (weights(run_of(tmp_path / name)) for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_network_over_the_limits_is_described_when_not_refused(capsys):
+    assert run_training.main(["--dry_run", "--channels_multiplier", "3"])["n_parameters"] == 215_608
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert "over the limits: 213,062 bytes of parameters at int8" in printed[-1]
+    assert "40,850,688 MACs for one clip" in printed[-1]
 
 
 def outcome(arguments: list[str], monkeypatch, capsys) -> tuple[int, str]:

@@ -1,0 +1,116 @@
+"""Option groups that the training scripts share; defaults are those of the student's recipe."""
+
+import argparse
+
+from helpers import cli
+from helpers.data import DataConfig
+from helpers.logger import LOGGERS
+from helpers.schedule import WarmupRampdown
+
+# Published option names of the front end's fields.
+FRONTEND_OPTIONS = {
+    "sample_rate": "resample_rate",
+    "win_length": "window_size",
+    "hop_length": "hop_size",
+    "f_min": "fmin",
+    "f_max": "fmax",
+}
+# What a resumed run may be given anew: it decides where the run goes on or how far, not what it computes.
+FREE_ON_RESUME = {
+    "resume", "n_epochs", "num_workers", "cache_path", "dataset_dir", "dirs_path", "teacher_logits", "data_on_device",
+    "save_minutes", "logger", "project_name", "enforce_limits",
+}  # fmt: skip
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--project_name", default="DCASE23_Task1", help="project of the logger, and folder of all its runs"
+    )
+    run.add_argument("--experiment_name", default="CPJKU_cp-mobile_student_training", help="name shown by the logger")
+    run.add_argument("--logger", nargs="+", choices=[*LOGGERS], default=["wandb"], help="one or more")
+    run.add_argument("--resume", metavar="ID", help="continue this run exactly, with its options")
+    run.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
+    run.add_argument(
+        "--save_minutes", type=cli.number(float, 0), default=10.0, help="time between checkpoints within an epoch"
+    )
+    run.add_argument(
+        "--eval_every", type=cli.number(int, 1), default=1, help="epochs between evaluations; the last is always scored"
+    )
+    return run
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    cli.add_config_arguments(parser, "data", DataConfig)
+    data = parser.add_argument_group("loading")
+    data.add_argument(
+        "--num_workers", type=cli.number(int, 0), default=1, help="batches read ahead by a thread; 0 reads in turn"
+    )
+    data.add_argument("--data_on_device", choices=["auto", "yes", "no"], default="auto",
+                      help="keep the training part in the device's memory; auto: on a GPU where it fits")  # fmt: skip
+
+
+def add_compute_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    compute = parser.add_argument_group("computation")
+    compute.add_argument(
+        "--torch_device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ..."
+    )
+    compute.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=True,
+                         help="memory layout of the network; the faster one on a CPU")  # fmt: skip
+    return compute
+
+
+def add_augmentation_options(parser: argparse.ArgumentParser) -> None:
+    augment = parser.add_argument_group("augmentation")
+    augment.add_argument(
+        "--roll", type=cli.number(int, 0), default=4000, help="largest circular shift of a clip, in samples; 0 is off"
+    )
+    augment.add_argument(
+        "--dir_prob",
+        type=cli.number(float, 0, 1),
+        default=0.6,
+        help="share of clips given a device impulse response; 0 is off",
+    )
+    augment.add_argument("--dirs_path", help="folder of impulse responses (default: MicIRP's, fetched once)")
+    augment.add_argument("--dir_devices", default="auto",
+                         help="recording devices to convolve: names joined by commas, all, or auto (a)")  # fmt: skip
+    augment.add_argument(
+        "--mixstyle_p", type=cli.number(float, 0, 1), default=0.4, help="share of batches with Freq-MixStyle; 0 is off"
+    )
+    augment.add_argument(
+        "--mixstyle_alpha",
+        type=cli.number(float, 0, above=True),
+        default=0.3,
+        help="parameter of its Beta distribution",
+    )
+    augment.add_argument(
+        "--freqm", type=cli.number(int, 0), default=48, help="widest frequency mask plus one, in mel bins; 0 is off"
+    )
+    augment.add_argument(
+        "--timem", type=cli.number(int, 0), default=0, help="widest time mask plus one, in frames; 0 is off"
+    )
+
+
+def add_distillation_options(parser: argparse.ArgumentParser) -> None:
+    kd = parser.add_argument_group("distillation")
+    kd.add_argument(
+        "--temperature", type=cli.number(float, 0, above=True), default=2.0, help="divides student and teacher logits"
+    )
+    kd.add_argument(
+        "--kd_lambda",
+        type=cli.number(float, 0, 1),
+        default=0.02,
+        help="weight of the labels; the teacher has the rest; 1 is off",
+    )
+    kd.add_argument(
+        "--teacher_logits", metavar="FILE", help="logits of the training clips (default: TAU22's, fetched once)"
+    )
+
+
+def add_optimisation_options(parser: argparse.ArgumentParser) -> None:
+    optim = parser.add_argument_group("optimisation")
+    optim.add_argument("--n_epochs", type=cli.number(int, 1), default=150)
+    optim.add_argument("--batch_size", type=cli.number(int, 1), default=256)
+    optim.add_argument("--lr", type=cli.number(float, 0, above=True), default=0.0009, help="peak learning rate of Adam")
+    optim.add_argument("--weight_decay", type=cli.number(float, 0), default=0.0001, help="added to the gradient")
+    cli.add_config_arguments(parser, "schedule (epochs)", WarmupRampdown)
