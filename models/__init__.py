@@ -2,15 +2,23 @@
 
 from torch import nn
 
+from models.beats import Beats, BeatsConfig
 from models.cp_mobile import CpMobile, CpMobileConfig
+from models.cp_resnet import CpResnet, CpResnetConfig
+from models.kaldi_fbank import KaldiFbank, KaldiFbankConfig
 from models.mel import CpMel, CpMelConfig
+from models.passt import Passt, PasstConfig
 
 # name -> (config, class); the keys are the choices on the command line.
 MODELS = {
     "cp_mobile": (CpMobileConfig, CpMobile),
+    "cp_resnet": (CpResnetConfig, CpResnet),
+    "passt": (PasstConfig, Passt),
+    "beats": (BeatsConfig, Beats),
 }
 FRONTENDS = {
     "cp_mel": (CpMelConfig, CpMel),
+    "kaldi_fbank": (KaldiFbankConfig, KaldiFbank),
 }
 
 

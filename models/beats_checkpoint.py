@@ -1,0 +1,88 @@
+"""Reads checkpoints of BEATs in the authors' format, {"cfg": {...}, "model": {...}}."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.beats import BeatsConfig, BeatsEncoder, differences, some
+
+logger = logging.getLogger(__name__)
+
+TABLE = "relative_attention_bias.weight"
+# What the authors' code takes for an option that the cfg of a checkpoint does not name; where it differs from ours.
+CODE_DEFAULTS = {
+    "input_patch_size": -1,
+    "layer_wise_gradient_decay_ratio": 1.0,
+    "deep_norm": False,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "encoder_layerdrop": 0.0,
+    "relative_position_embedding": False,
+    "max_distance": 1280,
+    "gru_rel_pos": False,
+}
+
+
+def read_checkpoint(content: Any, n_classes: int | None = None) -> tuple[BeatsConfig, dict[str, Tensor]]:
+    """Config and weights from the content of a checkpoint in the authors' format, {"cfg": {...}, "model": {...}}.
+
+    Both kinds are read: the self-supervised ones, which have no classifier, and those fine-tuned on AudioSet, whose
+    `predictor` is returned as the classifier. `Beats(config).load_pretrained(state)` loads them; for another number of
+    classes than the predictor's it drops the classifier, as the published fine-tuning does.
+
+    Args:
+        content: what `torch.load` returns.
+        n_classes: of the network to build; None: those of the predictor, 10 where there is none.
+
+    Returns:
+        The config, and the state dict under the names of `Beats`; `dataclasses.replace` changes options of training.
+
+    Raises:
+        ValueError: when it is something else, incomplete, or its weights do not fit its cfg; the message says in what.
+    """
+    missing = [name for name in ("cfg", "model") if not (isinstance(content, Mapping) and name in content)]
+    if missing:
+        found = some(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(f"no BEATs checkpoint: it lacks {' and '.join(missing)}; found: {found}")
+    cfg, model = content["cfg"], content["model"]
+    for name, part in (("cfg", cfg), ("model", model)):
+        if not isinstance(part, Mapping):
+            raise ValueError(f"no BEATs checkpoint: {name} must be a dict, got {type(part).__name__}")
+    config = _config_from_cfg(cfg)
+    with torch.device("meta"):  # shapes alone
+        encoder = BeatsEncoder(config).state_dict()
+        predictor = nn.Linear(config.encoder_embed_dim, config.predictor_class).state_dict(prefix="predictor.")
+    if not predictor.keys() & model.keys():
+        predictor = {}
+    if what := differences(model, encoder | predictor):
+        raise ValueError(f"the weights of the BEATs checkpoint do not fit its cfg: {what}")
+    tables = [name for name in encoder if name.endswith(TABLE)]
+    for name in tables[1:]:
+        if not torch.equal(model[name], model[tables[0]]):
+            raise ValueError(f"all layers of BEATs share a table of positions, but {name} differs from {tables[0]}")
+    state = {f"encoder.{name}": model[name] for name in encoder}
+    state |= {name.replace("predictor.", "classifier.linear."): model[name] for name in predictor}
+    if n_classes is None:
+        n_classes = config.predictor_class if predictor else config.n_classes
+    return replace(config, n_classes=n_classes), state
+
+
+def _config_from_cfg(cfg: Mapping[str, Any]) -> BeatsConfig:
+    kinds = {field.name: type(field.default) for field in fields(BeatsConfig)}
+    ours = ("n_classes", "grad_checkpointing")
+    values = {name: cfg[name] for name in kinds if name in cfg and name not in ours}
+    for name, value in values.items():
+        if kinds[name] is bool and type(value) is int and value in (0, 1):
+            values[name] = bool(value)
+        elif not (type(value) is kinds[name] or (kinds[name] is float and type(value) is int)):
+            raise ValueError(f"cfg of the BEATs checkpoint: {name} must be a {kinds[name].__name__}, got {value!r}")
+    if unknown := [name for name in cfg if name not in values]:
+        logger.info("cfg of the BEATs checkpoint: not known and not used: %s", some(map(str, unknown)))
+    try:
+        return BeatsConfig(**(CODE_DEFAULTS | values))
+    except ValueError as error:
+        raise ValueError(f"cfg of the BEATs checkpoint: {error}") from error
