@@ -1,0 +1,65 @@
+"""From a checkpoint's network to files that run outside PyTorch, and what these files say about themselves."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from helpers.export_onnx import export_onnx
+from models.blocks import fold
+from models.mel import LOG_OFFSET, SCALE, SHIFT
+from models.mel_export import CpMelExport
+
+WAVEFORM, LOG_MEL = "waveform", "log_mel"  # names of the two kinds of input
+
+
+def describe_file(frontend: nn.Module, scenes: Sequence[str], n_samples: int, precision: str) -> dict[str, str]:
+    """Metadata that every file carries: what goes in, what comes out, and how the spectrogram is made.
+
+    Args:
+        n_samples: length of a clip at the front end's rate.
+    """
+    rate = frontend.config.sample_rate
+    return {
+        "labels": json.dumps(list(scenes)),
+        "sample_rate_hz": str(rate),
+        "clip_samples": str(n_samples),
+        "clip_seconds": f"{n_samples / rate:g}",
+        "precision": precision,
+        "waveform": "(batch, sample) float32 in -1 .. 1, mono",
+        "output": "logits (batch, class) before softmax, in the order of labels",
+        "frontend": json.dumps(asdict(frontend.config)),
+        "normalisation": f"log_mel = (ln(power + {LOG_OFFSET:g}) + {SHIFT:g}) / {SCALE:g}",
+    }
+
+
+def example_input(frontend: nn.Module, n_samples: int, with_frontend: bool) -> Tensor:
+    """A silent clip, or its spectrogram: what an export needs to know of the input's shape."""
+    waveform = torch.zeros(1, n_samples)
+    return waveform if with_frontend else frontend.cpu().eval()(waveform)
+
+
+def whole(network: nn.Module, frontend: nn.Module, n_samples: int) -> nn.Module:
+    """Front end and network as one module from waveform (batch, sample) to logits; all of it can be exported."""
+    return nn.Sequential(CpMelExport(frontend, n_samples), network).eval()
+
+
+def write_onnx(
+    network: nn.Module, frontend: nn.Module, scenes: Sequence[str], n_samples: int, precision: str,
+    with_frontend: bool, path: Path,
+) -> Path:  # fmt: skip
+    """Writes one ONNX file.
+
+    Args:
+        network: as the target computes it, from `quantization.for_target`, on the CPU; float ones are folded.
+        precision: fp32, fp16 or int8; for the metadata.
+        with_frontend: waveform in instead of log-mel.
+    """
+    network = fold(network) if precision != "int8" else network
+    model = whole(network, frontend, n_samples) if with_frontend else network
+    metadata = describe_file(frontend, scenes, n_samples, precision)
+    example = example_input(frontend, n_samples, with_frontend)
+    return export_onnx(model, example, path, WAVEFORM if with_frontend else LOG_MEL, metadata)

@@ -1,0 +1,205 @@
+"""Writes networks as ONNX: float, half precision, or 8 bits in QDQ form, small and fast in ONNX Runtime.
+
+PyTorch's exporter does the translation; this file adds the 8-bit operators, stores weights as int8 and what 16 bits
+hold exactly as 16 bits, and leaves out everything that only describes where a node came from.
+"""
+
+import copy
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnxscript import opset20 as op
+from torch import Tensor, nn
+
+from models.integer import IntConv
+
+DEPTHWISE_LANES = 16  # ONNX Runtime's depthwise int8 kernel takes so many channels at once, the rest one by one
+MIN_COMPACT_VALUES = 8  # smaller constants are not worth a cast
+
+
+def export_onnx(model: nn.Module, example: Tensor, path: Path, input_name: str, metadata: Mapping[str, str]) -> Path:
+    """Writes `model` with a free batch size to one file, replaced at once.
+
+    Args:
+        model: in eval mode, on the CPU; an integer network becomes QDQ form with uint8 activations.
+        example: an input of the final shape and type; its batch size does not matter.
+        metadata: goes into the file's metadata.
+    """
+    model = pad_depthwise(model)
+    table = {
+        torch.ops.asc.quantize.default: _quantize,
+        torch.ops.asc.dequantize.default: _dequantize,
+        torch.ops.asc.dequantize_channels.default: _dequantize_channels,
+    }
+    example = torch.cat([example[:1]] * 2)  # of one clip the exporter would take the batch for fixed
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            model, (example,), dynamo=True, verbose=False, custom_translation_table=table, opset_version=20,
+            dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=[input_name], output_names=["logits"],
+        )  # fmt: skip
+    proto = program.model_proto
+    _use_global_pool(proto.graph)
+    _store_weights_small(proto.graph)
+    _strip(proto)
+    helper.set_model_props(proto, dict(metadata))
+    onnx.checker.check_model(proto, full_check=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(proto.SerializeToString())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports its inner steps, and operators of packages that are not installed."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+# ---- 8-bit operators ------------------------------------------------------------------------------------------------
+
+
+def _constant(value: np.generic):
+    return op.Constant(value=numpy_helper.from_array(np.asarray(value)))
+
+
+def _scale_and_zero(scale: float, zero_point: int) -> tuple:
+    """ONNX Runtime's kernels for x86 want activations as uint8: int8 shifted by 128, weights as int8."""
+    return _constant(np.float32(scale)), _constant(np.uint8(zero_point + 128))
+
+
+def _quantize(x, scale: float, zero_point: int):
+    return op.QuantizeLinear(x, *_scale_and_zero(scale, zero_point))
+
+
+def _dequantize(q, scale: float, zero_point: int):
+    return op.DequantizeLinear(q, *_scale_and_zero(scale, zero_point))
+
+
+def _dequantize_channels(q, scale):
+    return op.DequantizeLinear(q, scale, axis=0)
+
+
+# ---- rewriting ------------------------------------------------------------------------------------------------------
+
+
+def pad_depthwise(model: nn.Module) -> nn.Module:
+    """A copy of an integer network whose depthwise convolutions have a multiple of `DEPTHWISE_LANES` channels.
+
+    Expansion, depthwise and projection inside one `nn.Sequential` get channels of zeros, which change no output.
+    """
+    model = copy.deepcopy(model)
+    for parent in model.modules():
+        layers = list(parent.children()) if isinstance(parent, nn.Sequential) else []
+        for expand, depthwise, project in zip(layers, layers[1:], layers[2:], strict=False):
+            if not all(isinstance(layer, IntConv) for layer in (expand, depthwise, project)):
+                continue
+            n = len(depthwise.weight)
+            extra = -n % DEPTHWISE_LANES
+            if depthwise.groups != n or expand.groups != 1 or project.groups != 1 or not extra:
+                continue
+            for layer in (expand, depthwise):
+                layer.weight = _append(layer.weight, extra, 0)
+                layer.weight_scale = torch.cat([layer.weight_scale, layer.weight_scale.new_ones(extra)])
+                layer.bias = torch.cat([layer.bias, layer.bias.new_zeros(extra)])
+            depthwise.groups += extra
+            project.weight = _append(project.weight, extra, 1)
+    return model
+
+
+def _append(weight: Tensor, n: int, dim: int) -> Tensor:
+    shape = list(weight.shape)
+    shape[dim] = n
+    return torch.cat([weight, weight.new_zeros(shape)], dim)
+
+
+def _use_global_pool(graph: onnx.GraphProto) -> None:
+    """Means over freq and time that keep these axes become GlobalAveragePool, which has an integer kernel."""
+    values = {initializer.name: initializer for initializer in graph.initializer}
+    for node in graph.node:
+        if node.op_type != "ReduceMean" or len(node.input) < 2 or node.input[1] not in values:
+            continue
+        keeps = all(attribute.i for attribute in node.attribute if attribute.name == "keepdims")
+        if keeps and numpy_helper.to_array(values[node.input[1]]).tolist() == [2, 3]:
+            node.op_type = "GlobalAveragePool"
+            del node.input[1:]
+            del node.attribute[:]
+
+
+def _store_weights_small(graph: onnx.GraphProto) -> None:
+    """Float constants that 16 bits hold exactly are stored so, with a cast that runtimes do once, at load."""
+    casts = []
+    for initializer in graph.initializer:
+        if initializer.data_type != TensorProto.FLOAT:
+            continue
+        values = numpy_helper.to_array(initializer)
+        half = values.astype(np.float16, casting="unsafe") if np.abs(values).max(initial=0) < 65504 else None
+        if half is None or values.size < MIN_COMPACT_VALUES or not np.array_equal(half.astype(np.float32), values):
+            continue
+        name = initializer.name
+        initializer.CopyFrom(numpy_helper.from_array(half, f"{name}_half"))
+        casts.append(helper.make_node("Cast", [f"{name}_half"], [name], to=TensorProto.FLOAT))
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _strip(proto: onnx.ModelProto) -> None:
+    """Takes out traces of the exporter and gives constants and inner values short names."""
+    graph = proto.graph
+    opset = next(opset.version for opset in proto.opset_import if not opset.domain)
+    keep = {value.name for value in [*graph.input, *graph.output]}
+    used = {name for node in graph.node for name in node.input}
+    unused = [initializer for initializer in graph.initializer if initializer.name not in used]
+    for initializer in unused:
+        graph.initializer.remove(initializer)
+    short: dict[str, str] = {name: name for name in keep} | {"": ""}
+
+    def rename(name: str) -> str:
+        return short.setdefault(name, f"{len(short):x}")
+
+    for initializer in graph.initializer:
+        initializer.name = rename(initializer.name)
+        initializer.doc_string = ""
+        del initializer.metadata_props[:]
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [rename(name) for name in names]
+        node.name, node.doc_string = "", ""
+        defaults = onnx.defs.get_schema(node.op_type, opset).attributes
+        for attribute in list(node.attribute):
+            if attribute.name in defaults and defaults[attribute.name].default_value == attribute:
+                node.attribute.remove(attribute)
+        del node.metadata_props[:]
+    del graph.value_info[:]
+    del graph.metadata_props[:]
+    for value in [*graph.input, *graph.output]:
+        del value.metadata_props[:]
+    graph.name, graph.doc_string, proto.doc_string = "network", "", ""
+    del proto.functions[:]
+    used_domains = {node.domain for node in graph.node}
+    for opset in list(proto.opset_import):
+        if opset.domain not in used_domains:
+            proto.opset_import.remove(opset)
+    proto.producer_name, proto.producer_version = "low-complexity ASC toolkit", ""
