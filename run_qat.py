@@ -1,0 +1,293 @@
+"""Takes a trained student to 8 bits: fine-tunes it with fake quantization, scores it, writes it for the target.
+
+  python run_qat.py --wandb_id=<id>                       a run of run_training.py, or the published c0a7nzin
+  python run_qat.py --checkpoint best.pt --n_epochs 5     any checkpoint
+  python run_qat.py --wandb_id=<id> --ptq                 no training: ranges from 1,024 training clips
+  python run_qat.py --wandb_id=<id> --precision fp16      half precision, which needs no training either
+  python run_qat.py --resume abcd1234                     goes on where that run stopped
+
+Network and front end come from the checkpoint. Every evaluation scores the integer network (`test/...`) and the same
+weights in float32 (`fp32/test/...`); `source/test/...` is the checkpoint as it came. The run ends with
+checkpoints/last.pt, which run_export.py takes further, and the network for the target as an ONNX file.
+
+Published recipe: F. Schmid et al., DCASE Workshop 2023; what rounds where: models/quantized.py.
+"""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from datasets.synthetic import SYNTHETIC_NOTICE
+from datasets.waveforms import Batch, batches, epoch_order
+from helpers import cli
+from helpers.augment import build_augment
+from helpers.checkpoint import (
+    CheckpointError,
+    LoadedModel,
+    describe,
+    load_model,
+    restore_training,
+    save_checkpoint,
+    training_state,
+)
+from helpers.data import DataConfig, load_data, load_responses, load_teacher, place_on_device
+from helpers.export import write_onnx
+from helpers.logger import RunLogger
+from helpers.loop import LoopState, Precision, StopSignal, predict, train_one_epoch
+from helpers.losses import kd_loss
+from helpers.memory import keep_freed_memory
+from helpers.metrics import score
+from helpers.options import (
+    FRONTEND_OPTIONS,
+    add_augmentation_options,
+    add_compute_options,
+    add_data_options,
+    add_distillation_options,
+    add_optimisation_options,
+    add_run_options,
+)
+from helpers.quantization import calibrate, for_target, freeze, prepare, rounding_off
+from helpers.report import epoch_line, metric_tables, write_report
+from helpers.runs import Autosave, last_checkpoint, parse_options, source_checkpoint
+from helpers.schedule import WarmupRampdown
+from models import FRONTENDS, MODELS
+from models.quantized import QuantConfig
+
+log = logging.getLogger(__name__)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(__doc__, usage="python run_qat.py --wandb_id ID | --checkpoint PATH [--option value ...]")
+    source = parser.add_argument_group("what to quantize")
+    source.add_argument("--wandb_id", metavar="ID", help="run of this project; its checkpoint is found by itself")
+    source.add_argument(
+        "--checkpoint", metavar="PATH", help="instead of a run: a checkpoint of ours or a published one"
+    )
+    add_run_options(parser)
+    add_data_options(parser)
+    add_compute_options(parser)
+
+    quant = parser.add_argument_group("quantization")
+    quant.add_argument("--precision", choices=["int8", "fp16"], default="int8", help="of the network on the target")
+    quant.add_argument("--ptq", nargs="?", choices=["mse", "percentile", "minmax"], const="mse",
+                       help="do not train: choose ranges by least squared error, percentile or extremes")  # fmt: skip
+    quant.add_argument("--percentile", type=cli.number(float, 50, 100), default=99.99,
+                       help="share of the values that --ptq percentile keeps in range, in percent")  # fmt: skip
+    quant.add_argument("--calibration_clips", type=cli.number(int, 1), default=1024,
+                       help="training clips that the ranges of --ptq, or the first ranges, come from")  # fmt: skip
+    quant.add_argument("--freeze_params_epochs", type=cli.number(int, 0), default=4,
+                       help="last epochs in which ranges and batch-norm statistics stay fixed")  # fmt: skip
+    cli.add_config_arguments(parser, "8-bit arithmetic", QuantConfig)
+    add_augmentation_options(parser)
+    add_distillation_options(parser)
+    add_optimisation_options(parser)
+
+    # For command lines of the published script. Nothing needs to be said twice; what is said must be true.
+    for title, config, names in network_options():
+        cli.add_config_arguments(parser, f"{title}, from the checkpoint: what is given must agree", config, names)
+        parser.set_defaults(**{names.get(field.name, field.name): None for field in fields(config)})
+    parser.set_defaults(
+        experiment_name="CPJKU_QAT", n_epochs=20, lr=5e-5, warm_up_len=0, ramp_down_start=1, ramp_down_len=16,
+        last_lr_value=0.1,
+    )  # fmt: skip
+    return parser
+
+
+def network_options() -> list[tuple[str, type, dict[str, str]]]:
+    return [("network", MODELS["cp_mobile"][0], {}), ("front end", FRONTENDS["cp_mel"][0], FRONTEND_OPTIONS)]
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    parser = make_parser()
+    args, given = parse_options(parser, sys.argv[1:] if argv is None else argv)
+    device = cli.torch_device(parser, args.torch_device)
+    torch.manual_seed(args.seed)
+    if device.type == "cpu":
+        keep_freed_memory()
+    trains = args.precision == "int8" and args.ptq is None
+    with cli.option_errors(parser):
+        schedule = cli.config_from(args, WarmupRampdown)
+        quant_config = cli.config_from(args, QuantConfig)
+        data_config = cli.config_from(args, DataConfig)
+    if trains and args.freeze_params_epochs > args.n_epochs:
+        parser.error(f"--freeze_params_epochs {args.freeze_params_epochs} is more than --n_epochs {args.n_epochs}")
+
+    path = last_checkpoint(args.project_name, args.resume) if args.resume else None
+    path = path or source_checkpoint(args.project_name, args.wandb_id, args.checkpoint)
+    source = load_model(path)
+    check_source(parser, args, source, path)
+    frontend = source.frontend.to(device)
+    data = load_data(data_config, frontend.config.sample_rate, args.seed)
+    if source.scenes != tuple(data.meta.scenes):
+        raise CheckpointError(
+            f"{path} knows the scenes {', '.join(source.scenes) or 'of no known data set'}; "
+            f"{data.meta.root} has {', '.join(data.meta.scenes)}"
+        )
+    if trains:
+        responses, dir_devices = load_responses(data, data_config, args.dirs_path, args.dir_prob, args.dir_devices)
+        load_teacher(data, args.kd_lambda, args.teacher_logits, demanded=bool({"kd_lambda", "teacher_logits"} & given))
+        place_on_device(data.train, args.data_on_device, device)
+        with cli.option_errors(parser):
+            augment = build_augment(
+                responses, data.store.n_samples, args.dir_prob, dir_devices, args.roll, args.freqm, args.timem,
+                type(frontend).mask_value, args.mixstyle_p, args.mixstyle_alpha,
+            ).to(device)  # fmt: skip
+
+    def scores(prefix: str, network: torch.nn.Module) -> dict[str, float]:
+        metrics = {}
+        for part, clips in (("val", data.val), ("test", data.test)):
+            if clips is not None:
+                logits = predict(network, frontend, clips, args.batch_size, device, args.num_workers)
+                metrics |= {f"{prefix}{part}/{k}": value for k, value in score(clips, logits, data.groups).items()}
+        return metrics
+
+    def calibration_batches() -> Iterator[Tensor]:
+        order = epoch_order(len(data.train), args.seed, 0)[: args.calibration_clips]
+        for batch in batches(data.train, order, args.batch_size, device, n_ahead=args.num_workers):
+            yield frontend.eval()(batch.waveform)
+
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    source.model.to(device, memory_format=memory_format)
+    state, precision = LoopState(), Precision("fp32", device)
+    scaler = precision.scaler()
+    if args.resume:
+        model, source_scores = source.model, source.content["source_scores"]
+    else:
+        source_scores = scores("source/", source.model)
+        model = source.model
+        if args.precision == "int8":
+            model = prepare(model, quant_config)
+            calibrate(model, calibration_batches, args.ptq or "mse", args.percentile)
+        else:
+            model = model.half()
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=trains)
+    if args.resume:
+        restore_training(path, source.content, data.meta.scenes, model, optimizer, scaler, state, device)
+
+    def loss_fn(logits: Tensor, batch: Batch):
+        return kd_loss(logits, batch.target, batch.teacher_logits, args.kd_lambda, args.temperature)
+
+    logger = RunLogger(
+        args.project_name, args.resume, vars(args), args.logger, args.experiment_name,
+        resume_epoch=state.epoch if args.resume else None,
+    )  # fmt: skip
+    with logger, StopSignal() as stop:
+        log.info("run %s in %s: %s of %s", logger.id, logger.dir, args.precision, path)
+        last = logger.checkpoint_dir / "last.pt"
+
+        def save(path: Path = last) -> None:
+            save_checkpoint(
+                path,
+                {
+                    "model": describe(model, MODELS),
+                    "frontend": describe(frontend, FRONTENDS),
+                    "precision": args.precision,
+                    "quantization": asdict(quant_config) if args.precision == "int8" else None,
+                    "scenes": list(data.meta.scenes),
+                    "recording_devices": list(data.meta.recording_devices),
+                    "clip_samples": data.store.n_samples,
+                    "options": vars(args),
+                    "source_scores": source_scores,
+                    **training_state(optimizer, scaler, state, device),
+                },
+            )
+
+        def evaluate() -> dict[str, float]:
+            """Scores of the network as the target computes it, and of its weights in float32."""
+            metrics = scores("", for_target(model, args.precision))
+            if args.precision == "int8":
+                with rounding_off(model):
+                    metrics |= scores("fp32/", model)
+            return metrics
+
+        resume = f"python run_qat.py --project_name {args.project_name} --resume {logger.id}"
+        autosave = Autosave(save, args.save_minutes, stop, state, optimizer, resume)
+        if not args.resume:
+            save()  # from here on a killed run can be resumed
+        metrics: dict[str, float] = {}
+        while trains and state.epoch < args.n_epochs:
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * schedule.factor(state.epoch)
+            if state.epoch >= args.n_epochs - args.freeze_params_epochs:
+                freeze(model)
+            started, n_before = time.monotonic(), state.n_clips
+            order = epoch_order(len(data.train), args.seed, state.epoch)
+            loader = batches(data.train, order, args.batch_size, device, start=state.step, n_ahead=args.num_workers)
+            losses = train_one_epoch(
+                model, frontend, augment, loss_fn, loader, optimizer, scaler, precision, state, autosave, len(order)
+            )
+            seconds = time.monotonic() - started
+            metrics = {f"train/{name}": value for name, value in losses.items()}
+            metrics |= {"train/lr": optimizer.param_groups[0]["lr"], "train/seconds": seconds}
+            metrics["train/clips_per_second"] = (state.n_clips - n_before) / seconds
+
+            is_last = state.epoch + 1 == args.n_epochs
+            if is_last or (state.epoch + 1) % args.eval_every == 0:
+                metrics |= evaluate()
+            log.info(epoch_line(state.epoch, metrics))
+            logger.write(state.epoch, metrics | (source_scores if state.epoch == 0 else {}))
+            better = metrics.get("val/acc", float("-inf")) > state.best
+            if better:
+                state.best = metrics["val/acc"]
+            state.finish_epoch()
+            if better:
+                save(logger.checkpoint_dir / "best.pt")
+            save()
+            autosave.saved_at = time.monotonic()
+
+        metrics |= evaluate() if "test/acc" not in metrics else {}
+        metrics |= source_scores
+        if not trains and state.epoch == 0:
+            logger.write(0, metrics)
+            state.finish_epoch()
+            save()
+        print(metric_tables(metrics))
+        note = SYNTHETIC_NOTICE if args.dataset == "synthetic" else ""
+        target = for_target(model, args.precision)
+        predictions = predict(target, frontend, data.test, args.batch_size, device, args.num_workers).argmax(dim=1)
+        write_report(logger.dir, predictions.numpy(), data.test.scene.cpu().numpy(), data.meta.scenes, note=note)
+        file = write_onnx(
+            target.cpu(), frontend.cpu(), data.meta.scenes, data.store.n_samples, args.precision, False,
+            logger.dir / f"network_{args.precision}.onnx",
+        )  # fmt: skip
+        print(f"\n{summary(metrics, args.precision)}\n{file}: {file.stat().st_size:,} bytes")
+        print(f"further files and a parity report: python run_export.py --checkpoint {last}")
+    return metrics
+
+
+def check_source(parser: argparse.ArgumentParser, args: argparse.Namespace, source: LoadedModel, path: Path) -> None:
+    """Refuses a checkpoint that is quantized already, and options that contradict it."""
+    wanted = args.precision if args.resume else "fp32"
+    if source.precision != wanted:
+        raise CheckpointError(
+            f"{path} is {source.precision} already; only fp32 networks are quantized: take the run it came from"
+            if not args.resume
+            else f"{path} is {source.precision}, no run of run_qat.py: python run_training.py --resume {args.resume}"
+        )
+    for _title, config, names in network_options():
+        part = source.model.config if config is MODELS["cp_mobile"][0] else source.frontend.config
+        for field in fields(config):
+            option = names.get(field.name, field.name)
+            value = getattr(args, option, None)
+            if value is not None and isinstance(part, config) and value != getattr(part, field.name):
+                parser.error(f"--{option} {value}, but {path} has {getattr(part, field.name)}: leave the option away")
+
+
+def summary(metrics: dict[str, float], precision: str) -> str:
+    """The accuracies side by side."""
+    lines = [f"test accuracy, {precision}: {metrics['test/acc']:.2%}"]
+    if "fp32/test/acc" in metrics:
+        lines.append(f"the same weights in fp32: {metrics['fp32/test/acc']:.2%}")
+    lines.append(f"the checkpoint as it came: {metrics['source/test/acc']:.2%}")
+    return "; ".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)
