@@ -13,10 +13,17 @@ import torch
 from datasets.tau import DataError
 from helpers.checkpoint import CheckpointError
 from helpers.complexity import LimitError
+from helpers.export import ExportError
+from helpers.export_executorch import ExecuTorchMissingError
 from helpers.loop import NonFiniteLossError, StoppedError
 from helpers.quantization import QuantizationError
 
 USAGE_ERROR = 2
+# What the user can mend; each is one line that says how.
+USER_ERRORS = (
+    DataError, CheckpointError, NonFiniteLossError, QuantizationError, LimitError, ExportError, ExecuTorchMissingError,
+    OSError,
+)  # fmt: skip
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -125,7 +132,7 @@ def run(main: Callable[[list[str] | None], Any]) -> None:
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_status)
-    except (DataError, CheckpointError, NonFiniteLossError, QuantizationError, LimitError, OSError) as error:
+    except USER_ERRORS as error:
         logging.getLogger(__name__).debug("", exc_info=True)
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)

@@ -8,12 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from helpers.export_executorch import export_executorch
 from helpers.export_onnx import export_onnx
 from models.blocks import fold
-from models.mel import LOG_OFFSET, SCALE, SHIFT
+from models.mel import LOG_OFFSET, SCALE, SHIFT, CpMel
 from models.mel_export import CpMelExport
 
 WAVEFORM, LOG_MEL = "waveform", "log_mel"  # names of the two kinds of input
+
+
+class ExportError(ValueError):
+    """A network cannot be written as asked; one line with the reason."""
 
 
 def describe_file(frontend: nn.Module, scenes: Sequence[str], n_samples: int, precision: str) -> dict[str, str]:
@@ -31,27 +36,50 @@ def describe_file(frontend: nn.Module, scenes: Sequence[str], n_samples: int, pr
         "precision": precision,
         "waveform": "(batch, sample) float32 in -1 .. 1, mono",
         "output": "logits (batch, class) before softmax, in the order of labels",
-        "frontend": json.dumps(asdict(frontend.config)),
+        "frontend": json.dumps({"name": type(frontend).__name__, **asdict(frontend.config)}),
         "normalisation": f"log_mel = (ln(power + {LOG_OFFSET:g}) + {SHIFT:g}) / {SCALE:g}",
     }
 
 
 def example_input(frontend: nn.Module, n_samples: int, with_frontend: bool) -> Tensor:
-    """A silent clip, or its spectrogram: what an export needs to know of the input's shape."""
+    """A silent clip (1, sample), or its spectrogram (1, 1, mel, time): what an export needs to know of the shape.
+
+    Raises:
+        ExportError: when the front end does not take clips of this length.
+    """
     waveform = torch.zeros(1, n_samples)
-    return waveform if with_frontend else frontend.cpu().eval()(waveform)
+    if with_frontend:
+        return waveform
+    try:
+        return frontend.cpu().eval()(waveform)
+    except ValueError as error:
+        raise ExportError(f"clips of {n_samples} samples are too short for the front end: {error}") from error
 
 
-def whole(network: nn.Module, frontend: nn.Module, n_samples: int) -> nn.Module:
-    """Front end and network as one module from waveform (batch, sample) to logits; all of it can be exported."""
-    return nn.Sequential(CpMelExport(frontend, n_samples), network).eval()
+def whole(network: nn.Module, frontend: nn.Module, n_samples: int, store_matrices: bool = False) -> nn.Module:
+    """Front end and network as one module from waveform (batch, sample) to logits; all of it can be exported.
+
+    Args:
+        store_matrices: keep large constants in the file, for runtimes that would compute them anew with every clip.
+
+    Raises:
+        ExportError: when there is no such form of the front end, or not for this length of clips.
+    """
+    if not isinstance(frontend, CpMel):
+        raise ExportError(
+            f"front end {type(frontend).__name__} has no form for files: export the network alone (--inputs network)"
+        )
+    try:
+        return nn.Sequential(CpMelExport(frontend, n_samples, store_matrices), network).eval()
+    except ValueError as error:
+        raise ExportError(f"the front end does not take clips of {n_samples} samples: {error}") from error
 
 
 def write_onnx(
     network: nn.Module, frontend: nn.Module, scenes: Sequence[str], n_samples: int, precision: str,
     with_frontend: bool, path: Path,
 ) -> Path:  # fmt: skip
-    """Writes one ONNX file.
+    """Writes one ONNX file with a free batch size.
 
     Args:
         network: as the target computes it, from `quantization.for_target`, on the CPU; float ones are folded.
@@ -63,3 +91,13 @@ def write_onnx(
     metadata = describe_file(frontend, scenes, n_samples, precision)
     example = example_input(frontend, n_samples, with_frontend)
     return export_onnx(model, example, path, WAVEFORM if with_frontend else LOG_MEL, metadata)
+
+
+def write_executorch(
+    network: nn.Module, frontend: nn.Module, scenes: Sequence[str], n_samples: int, precision: str,
+    with_frontend: bool, path: Path,
+) -> Path:  # fmt: skip
+    """Writes one ExecuTorch program for one clip; arguments as `write_onnx`."""
+    network = fold(network) if precision != "int8" else network
+    model = whole(network, frontend, n_samples, store_matrices=True) if with_frontend else network
+    return export_executorch(model, example_input(frontend, n_samples, with_frontend), path)

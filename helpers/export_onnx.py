@@ -148,12 +148,18 @@ def _use_global_pool(graph: onnx.GraphProto) -> None:
 
 
 def _store_weights_small(graph: onnx.GraphProto) -> None:
-    """Float constants that 16 bits hold exactly are stored so, with a cast that runtimes do once, at load."""
+    """Float constants that 16 bits hold exactly are stored so, with a cast that runtimes do once, at load.
+
+    Denormal numbers become 0.
+    """
     casts = []
     for initializer in graph.initializer:
         if initializer.data_type != TensorProto.FLOAT:
             continue
         values = numpy_helper.to_array(initializer)
+        if (np.abs(values) < np.finfo(np.float32).tiny).any():  # what weight decay left of dead channels: slow denormals
+            values = np.where(np.abs(values) < np.finfo(np.float32).tiny, np.float32(0), values)
+            initializer.CopyFrom(numpy_helper.from_array(values, initializer.name))
         half = values.astype(np.float16, casting="unsafe") if np.abs(values).max(initial=0) < 65504 else None
         if half is None or values.size < MIN_COMPACT_VALUES or not np.array_equal(half.astype(np.float32), values):
             continue

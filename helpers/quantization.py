@@ -83,6 +83,20 @@ def convert(model: nn.Module) -> nn.Module:
     return converted
 
 
+def float_network(model: nn.Module) -> nn.Module:
+    """The network that `prepare` was given, with the weights that a prepared one has now."""
+    plain = type(model)(model.config)
+    state = model.state_dict()
+    plain.load_state_dict({name: state[name] for name in plain.state_dict()})
+    return plain.eval()
+
+
+def float_layers(network: nn.Module) -> list[tuple[str, str]]:
+    """Names of the layers of an integer network that compute in float, wholly or in part, and what they do there."""
+    layers = [(name, module) for name, module in network.named_modules() if hasattr(module, "float_part")]
+    return [(name, module.float_part) for name, module in layers if module.float_part]
+
+
 def for_target(model: nn.Module, precision: str) -> nn.Module:
     """The network as the target computes it, float log-mel to float logits; `precision` as in a checkpoint."""
     if precision == "int8":

@@ -14,6 +14,7 @@ from helpers import cli
 from helpers.checkpoint import CheckpointError
 from helpers.loop import LoopState, StoppedError, StopSignal
 from helpers.options import FREE_ON_RESUME
+from helpers.resources import PUBLISHED_RUN, published_checkpoint
 
 
 def known_runs(project: str) -> str:
@@ -72,6 +73,25 @@ def trained_checkpoint(project: str, run: str) -> Path | None:
         return int(match[1]) if match else -1
 
     return max(folder.glob("*.ckpt"), key=epoch, default=None)
+
+
+def source_checkpoint(project: str, run: str | None, checkpoint: str | None) -> Path:
+    """The checkpoint that --wandb_id or --checkpoint names; the published one is fetched when it is not there.
+
+    Raises:
+        CheckpointError: when not exactly one is named, or there is no such run.
+    """
+    there_is = f"runs in {project}: {known_runs(project)}; published: {PUBLISHED_RUN}"
+    if (run is None) == (checkpoint is None):
+        raise CheckpointError(f"name a run with --wandb_id or a file with --checkpoint, one of them; {there_is}")
+    if checkpoint is not None:
+        return Path(checkpoint)
+    found = trained_checkpoint(project, run)
+    if found is None and run == PUBLISHED_RUN:
+        return published_checkpoint()
+    if found is None:
+        raise CheckpointError(f"no run {run} with a checkpoint in {project}; {there_is}")
+    return found
 
 
 class Autosave:

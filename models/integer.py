@@ -80,11 +80,12 @@ class IntConv(nn.Module):
         bias: float16 (channel,); rounded to the scale of the 32-bit sums in use.
         output: scale and zero point; a ReLU is a zero point of -128.
         input: scale and zero point of a float input that is to be rounded first.
+        reads_float: the input is float and stays so.
     """
 
     def __init__(
         self, weight: Tensor, weight_scale: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int],
-        groups: int, output: Constants, input: Constants | None,
+        groups: int, output: Constants, input: Constants | None = None, reads_float: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.register_buffer("weight", weight)
@@ -92,6 +93,7 @@ class IntConv(nn.Module):
         self.register_buffer("bias", bias)
         self.stride, self.padding, self.groups = tuple(stride), tuple(padding), groups
         self.input, self.output = input, output
+        self.float_part = "reads the float spectrogram: int8 weights, float sums" if reads_float else ""
 
     def forward(self, x: Tensor | QTensor) -> QTensor:
         if self.input is not None:
@@ -161,6 +163,8 @@ class IntResponseNorm(nn.Module):
         output: scale, and beta in steps of it.
     """
 
+    float_part = "square root and division, once per channel and clip"
+
     def __init__(
         self, gamma: float, square: Constants, power: Constants, response: Constants, output: tuple[float, int]
     ):
@@ -209,6 +213,8 @@ class IntResponseNorm(nn.Module):
 
 class IntGlobalMean(nn.Module):
     """Mean over freq and time, in float: (batch, channel, freq, time) to (batch, channel)."""
+
+    float_part = "mean of the logits over freq and time"
 
     def forward(self, x: QTensor) -> Tensor:
         if torch.compiler.is_exporting():

@@ -125,7 +125,7 @@ class FakeConvUnit(Switches):
         self.add_module("0", unit[0])
         self.add_module("1", unit[1])
         self.has_relu = len(unit) == 3
-        self.config = config
+        self.config, self.is_first = config, is_first
         self.input = ActivationQuantizer() if is_first and config.quantize_input else None
         self.output = ActivationQuantizer()
 
@@ -178,6 +178,7 @@ class FakeConvUnit(Switches):
         return IntConv(
             values.to(torch.int8), scale, self._bias(factor).half(), conv.stride, conv.padding, conv.groups,
             self.output.constants(), None if self.input is None else self.input.constants(),
+            reads_float=self.is_first and self.input is None,
         )  # fmt: skip
 
 

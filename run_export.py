@@ -1,0 +1,237 @@
+"""Writes a checkpoint as files that run outside PyTorch, proves that they give its answers, and counts what they cost.
+
+  python run_export.py --wandb_id <id>                          of a run of run_training.py: fp32 and fp16
+  python run_export.py --checkpoint <run>/checkpoints/last.pt   of a run of run_qat.py: int8, and its weights in fp32
+  python run_export.py --wandb_id <id> --formats onnx pte       ExecuTorch programs too (optional package)
+  python run_export.py --wandb_id <id> --clips recordings/      parity on your own recordings
+
+Each precision is written twice: network_<precision>.onnx takes log-mel spectrograms, waveform_<precision>.onnx takes
+waveforms at the model's rate. Labels, rate, clip length and normalisation are in the file's metadata. Clips for the
+parity report: --clips, else the test part of the data set named, else generated ones. Exit status 1 when a file differs
+by more than the report allows.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from datasets.audio import read_audio
+from datasets.tau import RECORDING_DEVICES, DataError
+from helpers import cli, parity
+from helpers.checkpoint import CheckpointError, LoadedModel, load_model
+from helpers.complexity import enforce_limits, measure
+from helpers.complexity import table as complexity_table
+from helpers.data import DataConfig, load_data
+from helpers.export import example_input, write_executorch, write_onnx
+from helpers.export_executorch import run_program
+from helpers.quantization import convert, float_layers, float_network, for_target
+from helpers.runs import source_checkpoint
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32": ("fp32", "fp16"), "fp16": ("fp16",), "int8": ("fp32", "int8")}  # of a checkpoint: of its files
+
+
+@dataclass(frozen=True)
+class File:
+    path: Path
+    precision: str
+    takes_waveform: bool
+
+    def run(self, waveform: Tensor, log_mel: Tensor) -> Tensor:
+        inputs = waveform if self.takes_waveform else log_mel
+        return run_program(self.path, inputs) if self.path.suffix == ".pte" else parity.run_onnx(self.path, inputs)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(__doc__, usage="python run_export.py --wandb_id ID | --checkpoint PATH [--option value ...]")
+    source = parser.add_argument_group("what to export")
+    source.add_argument("--wandb_id", metavar="ID", help="run of this project; its checkpoint is found by itself")
+    source.add_argument(
+        "--checkpoint", metavar="PATH", help="instead of a run: a checkpoint of ours or a published one"
+    )
+    source.add_argument("--project_name", default="DCASE23_Task1", help="folder of all runs of the project")
+    files = parser.add_argument_group("files")
+    files.add_argument("--out_dir", help="where they go (default: export/ beside the run's checkpoints)")
+    files.add_argument("--formats", nargs="+", choices=["onnx", "pte"], default=["onnx"],
+                       help="onnx; pte: ExecuTorch for XNNPACK")  # fmt: skip
+    files.add_argument("--precision", nargs="+", choices=["fp32", "fp16", "int8"],
+                       help="default: all that the checkpoint has")  # fmt: skip
+    files.add_argument("--inputs", nargs="+", choices=["network", "waveform"], default=["network", "waveform"],
+                       help="network: log-mel in; waveform: the front end is inside")  # fmt: skip
+    files.add_argument("--clip_seconds", type=cli.number(float, 0, above=True),
+                       help="length of a clip (default: as trained)")  # fmt: skip
+    files.add_argument("--sample_rate", type=cli.number(int, 1),
+                       help="rate of the target's waveforms in Hz; must be the front end's")  # fmt: skip
+    checks = parser.add_argument_group("checks")
+    checks.add_argument("--enforce_limits", action="store_true",
+                        help="refuse a network over the challenge's limits (status 2)")  # fmt: skip
+    checks.add_argument(
+        "--clips", metavar="FOLDER", help="wav files for the parity report, resampled and cut to length"
+    )
+    checks.add_argument("--n_clips", type=cli.number(int, 1), default=200, help="most clips of the parity report")
+    checks.add_argument("--latency_rounds", type=cli.number(int, 0), default=200,
+                        help="one-thread runs that the latency of each ONNX file is the median of; 0 is off")  # fmt: skip
+    cli.add_config_arguments(parser, "data for the parity report", DataConfig)
+    parser.set_defaults(dataset=None)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    path = source_checkpoint(args.project_name, args.wandb_id, args.checkpoint)
+    loaded = load_model(path)
+    n_samples = clip_length(args, loaded, path)
+    precisions = chosen_precisions(args, loaded, path)
+    out_dir = Path(args.out_dir) if args.out_dir else default_folder(path)
+
+    source = float_network(loaded.model) if loaded.precision == "int8" else loaded.model
+    networks = {"fp32": source, "fp16": for_target(source, "fp16")}
+    if loaded.precision == "int8":
+        networks["int8"] = convert(loaded.model)
+    shape = tuple(example_input(loaded.frontend, loaded.frontend.config.sample_rate, False).shape[1:])
+    report = measure(source.float(), shape) if loaded.precision == "fp16" else measure(source, shape)
+    lines = [f"{type(source).__name__} on {shape} (channel, mel, time), one second:", complexity_table(report)]
+    if "int8" in precisions:
+        stored = measure(networks["int8"], shape).trained.stored_bytes
+        lines.append(f"\nstored in 8 bits (biases in 16): {stored:,} bytes; what computes in float:")
+        lines += [f"  {name or 'network'}: {what}" for name, what in float_layers(networks["int8"])]
+    print("\n".join(lines))
+    if args.enforce_limits:
+        enforce_limits(report, "fp16" if loaded.precision == "fp16" else "int8")
+
+    files = write_files(args, loaded, networks, precisions, n_samples, out_dir)
+    waveform, devices = parity_clips(args, loaded, n_samples)
+    comparisons = compare_forms(loaded, networks, files, waveform, devices)
+    text = f"# Parity of {path}\n\n{len(waveform)} clips; logits.\n\n{parity.table(comparisons)}\n"
+    (out_dir / "parity.md").write_text(text, encoding="utf-8")
+    print(
+        f"\n{parity.table(comparisons)}\n\n{sizes(args, files, waveform, loaded)}\n\nfiles and parity.md are in {out_dir}"
+    )
+    failed = [comparison.name for comparison in comparisons if not comparison.passes]
+    if failed:
+        print(f"error: parity fails for {', '.join(failed)}: do not use these files", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def clip_length(args: argparse.Namespace, loaded: LoadedModel, path: Path) -> int:
+    """Samples of a clip; refuses a rate that is not the front end's."""
+    rate = loaded.frontend.config.sample_rate
+    if args.sample_rate not in (None, rate):
+        raise CheckpointError(
+            f"--sample_rate {args.sample_rate}, but the front end of {path} works at {rate} Hz: resample the waveform "
+            "before it, or train a network at that rate"
+        )
+    if args.clip_seconds is not None:
+        return round(args.clip_seconds * rate)
+    return loaded.content.get("clip_samples", rate)
+
+
+def chosen_precisions(args: argparse.Namespace, loaded: LoadedModel, path: Path) -> list[str]:
+    available = PRECISIONS[loaded.precision]
+    missing = [name for name in args.precision or () if name not in available]
+    if missing:
+        raise CheckpointError(
+            f"{path} is {loaded.precision}, which gives {' and '.join(available)} files, not {', '.join(missing)}"
+            + (f"; quantize it first: python run_qat.py --checkpoint {path}" if "int8" in missing else "")
+        )
+    return [name for name in available if name in (args.precision or available)]
+
+
+def default_folder(path: Path) -> Path:
+    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    return run / "export"
+
+
+def write_files(
+    args: argparse.Namespace, loaded: LoadedModel, networks: dict[str, nn.Module], precisions: Sequence[str],
+    n_samples: int, out_dir: Path,
+) -> list[File]:  # fmt: skip
+    files = []
+    for precision in precisions:
+        for kind in args.inputs:
+            for suffix in args.formats:
+                if suffix == "pte" and precision == "fp16":
+                    continue  # XNNPACK computes in float32; a half-precision program would only be cast
+                path = out_dir / f"{kind}_{precision}.{suffix}"
+                write = write_onnx if suffix == "onnx" else write_executorch
+                log.info("writing %s", path)
+                network = networks[precision].cpu().eval()
+                write(network, loaded.frontend, loaded.scenes, n_samples, precision, kind == "waveform", path)
+                files.append(File(path, precision, kind == "waveform"))
+    return files
+
+
+def parity_clips(args: argparse.Namespace, loaded: LoadedModel, n_samples: int) -> tuple[Tensor, list[str]]:
+    """Clips (clip, sample) and their recording devices."""
+    rate = loaded.frontend.config.sample_rate
+    if args.clips:
+        paths = sorted(Path(args.clips).rglob("*.wav"))[: args.n_clips]
+        if not paths:
+            raise DataError(f"--clips {args.clips}: no wav files there")
+        clips = [torch.from_numpy(read_audio(path, rate)).float() for path in paths]
+        clips = [clip.repeat(-(-n_samples // len(clip)))[:n_samples] for clip in clips]
+        names = [path.stem.rsplit("-", 1)[-1] for path in paths]
+        return torch.stack(clips), [name if name in RECORDING_DEVICES else "unknown" for name in names]
+    if args.dataset or args.dataset_dir:
+        data = load_data(cli.config_from(args, DataConfig), rate, seed=0)
+        if data.store.n_samples != n_samples:
+            raise DataError(f"clips of {data.meta.root} have {data.store.n_samples} samples, the files {n_samples}")
+        index = torch.linspace(0, len(data.test) - 1, min(args.n_clips, len(data.test))).long()
+        batch = data.test.batch(index).to(torch.device("cpu"))
+        return batch.waveform, [data.meta.recording_devices[i] for i in batch.recording_device.tolist()]
+    waveform, devices = parity.generated_clips(rate, n_samples)
+    return waveform[: args.n_clips], devices[: args.n_clips]
+
+
+@torch.no_grad()
+def compare_forms(
+    loaded: LoadedModel, networks: dict[str, nn.Module], files: Sequence[File], waveform: Tensor,
+    recording_devices: Sequence[str],
+) -> list[parity.Comparison]:  # fmt: skip
+    log_mel = loaded.frontend.eval()(waveform)
+    logits = {precision: network(log_mel) for precision, network in networks.items()}
+    comparisons = []
+
+    def add(name: str, values: Tensor, reference: str, reference_values: Tensor, tolerance: parity.Tolerance | None):
+        comparisons.append(parity.compare(name, values, reference, reference_values, recording_devices, tolerance))
+
+    if "int8" in networks:
+        add("PyTorch, fake quantization", loaded.model(log_mel), "PyTorch fp32", logits["fp32"], None)
+        add("PyTorch, integers", logits["int8"], "PyTorch, fake quantization", loaded.model(log_mel), parity.ROUNDING)
+    for file in files:
+        tolerance = {
+            ("fp32", False): parity.FLOAT, ("fp32", True): parity.FLOAT_FRONTEND,
+            ("fp16", False): parity.HALF, ("fp16", True): parity.HALF,
+            ("int8", False): parity.INTEGER if file.path.suffix == ".onnx" else parity.ROUNDING,
+            ("int8", True): parity.ROUNDING,
+        }[file.precision, file.takes_waveform]  # fmt: skip
+        reference = {"int8": "PyTorch, integers"}.get(file.precision, f"PyTorch {file.precision}")
+        add(file.path.name, file.run(waveform, log_mel), reference, logits[file.precision], tolerance)
+    return comparisons
+
+
+def sizes(args: argparse.Namespace, files: Sequence[File], waveform: Tensor, loaded: LoadedModel) -> str:
+    """Size of each file, and latency where it runs in ONNX Runtime."""
+    onnx = [file for file in files if file.path.suffix == ".onnx"] if args.latency_rounds else []
+    log_mel = loaded.frontend(waveform[:1])
+    inputs = [waveform if file.takes_waveform else log_mel for file in onnx]
+    medians = parity.latencies([file.path for file in onnx], inputs, args.latency_rounds) if onnx else []
+    milliseconds = {file.path: f"{ms:.2f} ms" for file, ms in zip(onnx, medians, strict=True)}
+    lines = ["| file | bytes | one clip, one thread |", "|---|---|---|"]
+    for file in files:
+        lines.append(
+            f"| {file.path.name} | {file.path.stat().st_size:,} | {milliseconds.get(file.path, 'not measured')} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)
