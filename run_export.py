@@ -53,9 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(__doc__, usage="python run_export.py --wandb_id ID | --checkpoint PATH [--option value ...]")
     source = parser.add_argument_group("what to export")
     source.add_argument("--wandb_id", metavar="ID", help="run of this project; its checkpoint is found by itself")
-    source.add_argument(
-        "--checkpoint", metavar="PATH", help="instead of a run: a checkpoint of ours or a published one"
-    )
+    source.add_argument("--checkpoint", metavar="PATH", help="instead of a run: a checkpoint, ours or published")
     source.add_argument("--project_name", default="DCASE23_Task1", help="folder of all runs of the project")
     files = parser.add_argument_group("files")
     files.add_argument("--out_dir", help="where they go (default: export/ beside the run's checkpoints)")
@@ -72,12 +70,10 @@ def make_parser() -> argparse.ArgumentParser:
     checks = parser.add_argument_group("checks")
     checks.add_argument("--enforce_limits", action="store_true",
                         help="refuse a network over the challenge's limits (status 2)")  # fmt: skip
-    checks.add_argument(
-        "--clips", metavar="FOLDER", help="wav files for the parity report, resampled and cut to length"
-    )
+    checks.add_argument("--clips", metavar="FOLDER", help="wav files for the parity report; resampled, cut to length")
     checks.add_argument("--n_clips", type=cli.number(int, 1), default=200, help="most clips of the parity report")
     checks.add_argument("--latency_rounds", type=cli.number(int, 0), default=200,
-                        help="one-thread runs that the latency of each ONNX file is the median of; 0 is off")  # fmt: skip
+                        help="one-thread runs whose median is an ONNX file's latency; 0 is off")  # fmt: skip
     cli.add_config_arguments(parser, "data for the parity report", DataConfig)
     parser.set_defaults(dataset=None)
     return parser
@@ -112,9 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     comparisons = compare_forms(loaded, networks, files, waveform, devices)
     text = f"# Parity of {path}\n\n{len(waveform)} clips; logits.\n\n{parity.table(comparisons)}\n"
     (out_dir / "parity.md").write_text(text, encoding="utf-8")
-    print(
-        f"\n{parity.table(comparisons)}\n\n{sizes(args, files, waveform, loaded)}\n\nfiles and parity.md are in {out_dir}"
-    )
+    print(f"\n{parity.table(comparisons)}\n\n{sizes(args, files, waveform, loaded)}")
+    print(f"\nfiles and parity.md are in {out_dir}")
     failed = [comparison.name for comparison in comparisons if not comparison.passes]
     if failed:
         print(f"error: parity fails for {', '.join(failed)}: do not use these files", file=sys.stderr)

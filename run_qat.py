@@ -264,12 +264,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 def check_source(parser: argparse.ArgumentParser, args: argparse.Namespace, source: LoadedModel, path: Path) -> None:
     """Refuses a checkpoint that is quantized already, and options that contradict it."""
-    wanted = args.precision if args.resume else "fp32"
-    if source.precision != wanted:
+    if args.resume and "source_scores" not in source.content:
+        raise CheckpointError(
+            f"{path} is no run of run_qat.py: go on with python run_training.py --resume {args.resume}"
+        )
+    if not args.resume and source.precision != "fp32":
         raise CheckpointError(
             f"{path} is {source.precision} already; only fp32 networks are quantized: take the run it came from"
-            if not args.resume
-            else f"{path} is {source.precision}, no run of run_qat.py: python run_training.py --resume {args.resume}"
         )
     for _title, config, names in network_options():
         part = source.model.config if config is MODELS["cp_mobile"][0] else source.frontend.config

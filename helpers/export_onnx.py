@@ -157,7 +157,7 @@ def _store_weights_small(graph: onnx.GraphProto) -> None:
         if initializer.data_type != TensorProto.FLOAT:
             continue
         values = numpy_helper.to_array(initializer)
-        if (np.abs(values) < np.finfo(np.float32).tiny).any():  # what weight decay left of dead channels: slow denormals
+        if (np.abs(values) < np.finfo(np.float32).tiny).any():  # left by weight decay in dead channels, and slow
             values = np.where(np.abs(values) < np.finfo(np.float32).tiny, np.float32(0), values)
             initializer.CopyFrom(numpy_helper.from_array(values, initializer.name))
         half = values.astype(np.float16, casting="unsafe") if np.abs(values).max(initial=0) < 65504 else None

@@ -25,6 +25,11 @@ class Tolerance:
     mean: float  # of all logits
     agreement: float  # share of equal decisions
 
+    @property
+    def tie(self) -> float:
+        """Two classes that the reference scores closer than this may change places."""
+        return 2 * (self.mean if self.largest is None else self.largest)
+
 
 # Sums in another order, nothing else.
 FLOAT = Tolerance(largest=1e-3, mean=1e-4, agreement=1.0)
@@ -64,13 +69,14 @@ def compare(
     name: str, logits: Tensor, reference_name: str, reference: Tensor, recording_devices: Sequence[str],
     tolerance: Tolerance | None,
 ) -> Comparison:  # fmt: skip
-    """Compares logits (clip, class); NaN never passes.
+    """Compares logits (clip, class); NaN never passes. Ties within the tolerance count as equal decisions.
 
     Args:
         recording_devices: name for each clip.
     """
     difference = (logits.double() - reference.double()).abs()
-    same = (logits.argmax(dim=1) == reference.argmax(dim=1)).double()
+    lead = reference.amax(dim=1) - reference.gather(1, logits.argmax(dim=1, keepdim=True))[:, 0]
+    same = (lead <= (0 if tolerance is None else tolerance.tie)).double()
     by_device = {}
     for device in dict.fromkeys(recording_devices):
         rows = torch.tensor([i for i, other in enumerate(recording_devices) if other == device])
