@@ -145,13 +145,13 @@ def run_onnx(path: Path, inputs: Tensor, batch_size: int = 32) -> Tensor:
     return torch.from_numpy(np.concatenate(logits))
 
 
-def latencies(files: Sequence[Path], inputs: Sequence[Tensor], n_rounds: int = 200) -> list[float]:
-    """Median milliseconds of each ONNX file for one clip on one thread; the files take turns.
+def latencies(files: Sequence[Path], inputs: Sequence[Tensor], n_rounds: int = 200, n_threads: int = 1) -> list[float]:
+    """Median milliseconds of each ONNX file for one clip; the files take turns.
 
     Args:
         inputs: one clip for each file.
     """
-    sessions = [open_session(path) for path in files]
+    sessions = [open_session(path, n_threads) for path in files]
     feeds = [{session.get_inputs()[0].name: x[:1].numpy()} for session, x in zip(sessions, inputs, strict=True)]
     times = np.zeros((n_rounds, len(files)))
     for i in range(-10, n_rounds):  # the first ten warm up

@@ -1,0 +1,60 @@
+"""Latency and size of the files that run_export.py writes, 8 bits beside float, in ONNX Runtime.
+
+  python benchmarks/artifact_latency.py                           the default CP-Mobile, random weights
+  python benchmarks/artifact_latency.py --checkpoint PATH         the weights of a checkpoint (fp32)
+  python benchmarks/artifact_latency.py --n_threads 2
+
+The baseline of the 8-bit files are the float files of the same network, folded and exported the same way; the files
+take turns, one clip at a time. Front end included: from waveform to logits.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+
+from helpers import parity
+from helpers.checkpoint import load_model
+from helpers.export import write_onnx
+from helpers.quantization import calibrate, convert, prepare
+from models import get_frontend, get_model
+from models.quantized import QuantConfig
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", metavar="PATH", help="network and front end (default: fresh ones)")
+    parser.add_argument("--n_threads", type=int, default=1, help="of ONNX Runtime (default 1)")
+    parser.add_argument("--n_rounds", type=int, default=500, help="runs of every file (default 500)")
+    parser.add_argument("--quantize_input", action="store_true", help="the first convolution in integers too")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.checkpoint:
+        loaded = load_model(args.checkpoint)
+        model, frontend, scenes = loaded.model, loaded.frontend, loaded.scenes
+    else:
+        model, frontend, scenes = get_model("cp_mobile").eval(), get_frontend("cp_mel").eval(), ()
+    rate = frontend.config.sample_rate
+    waveform, _ = parity.generated_clips(rate, rate)
+    log_mel = frontend(waveform)
+    prepared = prepare(model, QuantConfig(quantize_input=args.quantize_input))
+    calibrate(prepared, lambda: [log_mel])
+    networks = {"fp32": model, "int8": convert(prepared)}
+
+    with tempfile.TemporaryDirectory() as folder:
+        files, inputs = [], []
+        for precision, network in networks.items():
+            for with_frontend in (False, True):
+                path = Path(folder) / f"{'waveform' if with_frontend else 'network'}_{precision}.onnx"
+                files.append(write_onnx(network, frontend, scenes, rate, precision, with_frontend, path))
+                inputs.append(waveform if with_frontend else log_mel)
+        medians = parity.latencies(files, inputs, args.n_rounds, args.n_threads)
+        print(f"{'file':22}{'bytes':>10}{'median ms':>12}{'of fp32':>10}")
+        for i, (path, milliseconds) in enumerate(zip(files, medians, strict=True)):
+            ratio = milliseconds / medians[i % 2]
+            print(f"{path.name:22}{path.stat().st_size:>10,}{milliseconds:>12.2f}{ratio:>10.2f}")
+
+
+if __name__ == "__main__":
+    main()
