@@ -17,6 +17,7 @@ from models.integer import LEVELS
 from models.quantized import QUANTIZED, ActivationQuantizer, QuantConfig, Switches
 
 N_BINS = 2048
+OBSERVED_BY_CALIBRATION = 10  # batches that a calibrated range counts for when training goes on from it
 # Layers that hand activations on unchanged.
 TRANSPARENT = (nn.Sequential, nn.ModuleList, nn.Identity, nn.Dropout)
 
@@ -32,6 +33,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
         QuantizationError: for a layer that has no counterpart.
     """
     model = copy.deepcopy(model)
+    device = next(model.parameters()).device
     first = next((module for module in model.modules() if type(module) in QUANTIZED), None)
     if first is None:
         raise QuantizationError(
@@ -41,7 +43,8 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
     def exchange(parent: nn.Module, path: str) -> None:
         for name, child in parent.named_children():
             if type(child) in QUANTIZED:
-                setattr(parent, name, QUANTIZED[type(child)](child, config, child is first))
+                fake = QUANTIZED[type(child)](child, config, child is first)
+                setattr(parent, name, fake.train(child.training).to(device))
                 continue
             n_inside = sum(1 for _ in child.children())
             if not n_inside and not isinstance(child, TRANSPARENT):
@@ -75,11 +78,17 @@ def rounding_off(model: nn.Module) -> Iterator[nn.Module]:
 
 def convert(model: nn.Module) -> nn.Module:
     """The integer network that a prepared one stands for: a copy, in eval mode, on the same device."""
+    unseen = [name for name, quantizer in quantizers(model) if quantizer.n_observed == 0]
+    if unseen:
+        raise QuantizationError(f"{unseen[0]} has no range yet: calibrate or train the network before converting it")
     converted = copy.deepcopy(model).eval()
+    device = next(model.parameters()).device
     for module in list(converted.modules()):
         for name, child in module.named_children():
             if isinstance(child, Switches) and hasattr(child, "convert"):
-                setattr(module, name, child.convert())
+                setattr(module, name, child.convert().to(device))
+            elif isinstance(child, nn.Dropout):
+                setattr(module, name, nn.Identity())  # takes tensors only
     return converted
 
 
@@ -102,11 +111,6 @@ def for_target(model: nn.Module, precision: str) -> nn.Module:
     if precision == "int8":
         return convert(model)
     return HalfPrecision(copy.deepcopy(model)) if precision == "fp16" else model
-
-
-def is_calibrated(model: nn.Module) -> bool:
-    """Whether every quantizer that takes part has seen activations."""
-    return all(q.n_observed > 0 for _, q in quantizers(model))
 
 
 def quantizers(model: nn.Module) -> list[tuple[str, ActivationQuantizer]]:
@@ -146,8 +150,9 @@ def calibrate(
     def note_histogram(name: str) -> Callable:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             low, high = ranges[name]
-            histogram = torch.histc(inputs[0].float(), N_BINS, low.item(), max(high.item(), low.item() + 1e-6))
-            counts[name] = counts.get(name, 0) + histogram.double().cpu()
+            for part in inputs[0].float().flatten().split(1 << 24):  # float32 counts stop there
+                histogram = torch.histc(part, N_BINS, low.item(), max(high.item(), low.item() + 1e-6))
+                counts[name] = counts.get(name, 0) + histogram.double().cpu()
 
         return hook
 
@@ -160,6 +165,9 @@ def calibrate(
             finally:
                 for hook in hooks:
                     hook.remove()
+    missing = [name for name, _ in quantizers(model) if name not in ranges]
+    if missing:
+        raise QuantizationError(f"{missing[0]} saw no activations: no clips to calibrate with, or an unused layer")
     for name, quantizer in quantizers(model):
         low, high = (value.item() for value in ranges[name])
         if method == "percentile":
@@ -168,7 +176,7 @@ def calibrate(
             low, high = _mse_range(counts[name], low, high)
         quantizer.low.fill_(low)
         quantizer.high.fill_(high)
-        quantizer.n_observed.fill_(1)
+        quantizer.n_observed.fill_(OBSERVED_BY_CALIBRATION)
     model.train(was_training)
 
 
@@ -181,14 +189,13 @@ def _percentile_range(counts: Tensor, low: float, high: float, percentile: float
 
 
 def _mse_range(counts: Tensor, low: float, high: float) -> tuple[float, float]:
-    """Searches both ends over 1 .. 100 % of the observed ones, one after the other."""
+    """Searches both ends over 30 .. 100 % of the observed ones, one after the other."""
     edges = torch.linspace(low, high, N_BINS + 1, dtype=torch.float64)
     values = (edges[:-1] + edges[1:]) / 2
 
     def error(a: float, b: float) -> float:
         scale = max((b - a) / LEVELS, 1e-12)
         rounded = torch.round(values.clamp(a, b) / scale) * scale
-        # Within a level values are spread evenly even where a bin is narrower than it.
         return float((counts * (values - rounded) ** 2).sum())
 
     shares = torch.linspace(0.3, 1, 71).tolist()

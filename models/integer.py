@@ -1,8 +1,9 @@
 """Layers of the target: int8 weights and activations, 32-bit sums, one rounding per output.
 
 Run eagerly, a layer computes in integers (held in floating point, where they are exact), so its output has the same
-bits on every run, device and thread count, and is what ONNX Runtime's integer kernels give. Exported, the same layer
-shows itself as float operators between `quantize` and `dequantize`, the form that runtimes recognise and fuse (QDQ).
+bits on every run and thread count, and is what ONNX Runtime's integer kernels give (the first layer alone is float,
+unless the input is quantized). Exported, the same layer shows itself as float operators between `quantize` and
+`dequantize`, the form that runtimes recognise and fuse (QDQ).
 """
 
 from collections.abc import Sequence
@@ -125,14 +126,19 @@ def _convolve(
 ) -> QTensor:  # fmt: skip
     if isinstance(x, Tensor) or torch.compiler.is_exporting():
         x = x.dequantize() if isinstance(x, QTensor) else x
-        y = F.conv2d(x, dequantize_channels(weight, weight_scale), bias.float(), stride, padding, groups=groups)
+        # A GPU would round the factors to TF32; on a CPU float32 sums are those of ONNX Runtime.
+        wide = torch.float32 if x.device.type == "cpu" or torch.compiler.is_exporting() else torch.float64
+        scaled = dequantize_channels(weight, weight_scale).to(wide)
+        with torch.backends.nnpack.flags(enabled=False):  # its transforms round
+            y = F.conv2d(x.to(wide), scaled, bias.to(wide), stride, padding, groups=groups).float()
         return QTensor(quantize(y, *output), *output)
     step = weight_scale * x.scale  # what one unit of the sums stands for
     bias = torch.round(bias.float() / step)
     largest = LEVELS * weight.float().abs().sum(dim=(1, 2, 3)).max() + bias.abs().max()
     # A GPU's convolutions may round float32 products.
     exact = torch.float32 if largest < EXACT_FLOAT32 and weight.device.type == "cpu" else torch.float64
-    sums = F.conv2d(x.integers().to(exact), weight.to(exact), bias.to(exact), stride, padding, groups=groups)
+    with torch.backends.nnpack.flags(enabled=False):  # its transforms round
+        sums = F.conv2d(x.integers().to(exact), weight.to(exact), bias.to(exact), stride, padding, groups=groups)
     return _requantize(sums, (step / output[0])[:, None, None], *output)
 
 

@@ -102,8 +102,9 @@ class ResponseQuantizer(ActivationQuantizer):
     """For 1 + x: one over its scale is a whole number, so 1 is a level, and adding it is a shift of the integers."""
 
     def params(self) -> tuple[Tensor, Tensor]:
-        per_one = torch.floor(LEVELS / (self.high.clamp_min(1) - self.low)).clamp_min(1)
-        return 1 / per_one, (Q_MIN - torch.round(self.low * per_one)).to(torch.int32)
+        low = self.low.clamp_min(1 - LEVELS)  # beyond, 1 would not be a level any more
+        per_one = torch.floor(LEVELS / (self.high.clamp_min(1) - low)).clamp_min(1)
+        return 1 / per_one, (Q_MIN - torch.round(low * per_one)).to(torch.int32)
 
 
 def weight_scale(weight: Tensor, q_max: int) -> Tensor:
@@ -140,9 +141,10 @@ class FakeConvUnit(Switches):
     def forward(self, x: Tensor) -> Tensor:
         if self.input is not None:
             x = self.input(x)
-        factor = self._factor()
+        learns = self.training and not self.norm_frozen
+        factor = self._factor().detach() if learns else self._factor()  # the norm below has its own gradient
         weight = self._round(self.conv.weight * factor[:, None, None, None])
-        if self.training and not self.norm_frozen:
+        if learns:
             y = self.norm(self._convolve(x, weight / factor[:, None, None, None]))
         else:
             y = self._convolve(x, weight, self._bias(factor))

@@ -19,7 +19,7 @@ import run_training
 from datasets.tau import SCENES
 from helpers import cli
 from helpers.checkpoint import load_checkpoint, load_model
-from helpers.quantization import convert
+from helpers.quantization import OBSERVED_BY_CALIBRATION, convert
 from helpers.runs import trained_checkpoint
 from tests.conftest import make_tau
 from tests.golden_inputs import wave
@@ -109,8 +109,9 @@ def test_ranges_and_statistics_are_frozen_in_the_last_epochs(here):
         assert torch.equal(frozen[name], source[name]), name
         assert not torch.equal(learning[name], source[name]), name
     assert any(not torch.equal(frozen[name], source[name]) for name in source if name.endswith("weight"))
-    assert all(value == 1 for name, value in frozen.items() if name.endswith("n_observed")), "calibration alone"
-    assert all(value > 1 for name, value in learning.items() if name.endswith("n_observed"))
+    calibrated = OBSERVED_BY_CALIBRATION
+    assert all(value == calibrated for name, value in frozen.items() if name.endswith("n_observed"))
+    assert all(value > calibrated for name, value in learning.items() if name.endswith("n_observed"))
 
 
 @pytest.mark.parametrize("method", ["mse", "percentile", "minmax"])
