@@ -13,16 +13,14 @@ import torch
 from datasets.tau import DataError
 from helpers.checkpoint import CheckpointError
 from helpers.complexity import LimitError
-from helpers.export import ExportError
-from helpers.export_executorch import ExecuTorchMissingError
+from helpers.errors import ExportError
 from helpers.loop import NonFiniteLossError, StoppedError
 from helpers.quantization import QuantizationError
 
 USAGE_ERROR = 2
 # What the user can mend; each is one line that says how.
 USER_ERRORS = (
-    DataError, CheckpointError, NonFiniteLossError, QuantizationError, LimitError, ExportError, ExecuTorchMissingError,
-    OSError,
+    DataError, CheckpointError, NonFiniteLossError, QuantizationError, LimitError, ExportError, OSError,
 )  # fmt: skip
 
 

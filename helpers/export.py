@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from helpers.errors import ExportError
 from helpers.export_executorch import export_executorch
 from helpers.export_onnx import export_onnx
 from models.blocks import fold
@@ -15,10 +16,6 @@ from models.mel import LOG_OFFSET, SCALE, SHIFT, CpMel
 from models.mel_export import CpMelExport
 
 WAVEFORM, LOG_MEL = "waveform", "log_mel"  # names of the two kinds of input
-
-
-class ExportError(ValueError):
-    """A network cannot be written as asked; one line with the reason."""
 
 
 def describe_file(frontend: nn.Module, scenes: Sequence[str], n_samples: int, precision: str) -> dict[str, str]:
@@ -100,4 +97,5 @@ def write_executorch(
     """Writes one ExecuTorch program for one clip; arguments as `write_onnx`."""
     network = fold(network) if precision != "int8" else network
     model = whole(network, frontend, n_samples, store_matrices=True) if with_frontend else network
-    return export_executorch(model, example_input(frontend, n_samples, with_frontend), path)
+    metadata = describe_file(frontend, scenes, n_samples, precision)
+    return export_executorch(model, example_input(frontend, n_samples, with_frontend), path, metadata)
