@@ -205,7 +205,7 @@ def compare_forms(
         tolerance = {
             ("fp32", False): parity.FLOAT, ("fp32", True): parity.FLOAT_FRONTEND,
             ("fp16", False): parity.HALF, ("fp16", True): parity.HALF,
-            ("int8", False): parity.INTEGER if file.path.suffix == ".onnx" else parity.ROUNDING,
+            ("int8", False): parity.INTEGER if file.path.suffix == ".onnx" else parity.INTEGER_PROGRAM,
             ("int8", True): parity.ROUNDING,
         }[file.precision, file.takes_waveform]  # fmt: skip
         reference = {"int8": "PyTorch, integers"}.get(file.precision, f"PyTorch {file.precision}")

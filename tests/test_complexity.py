@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from helpers.complexity import LimitError, check_limits, count_complexity, enforce_limits, measure, table
-from helpers.quantization import convert, prepare, switch
+from helpers.quantization import convert, prepare
 from models import get_model
 from models.blocks import Add, ConvUnit, fold
 from models.cp_resnet import CpResnet, CpResnetConfig
@@ -101,7 +101,7 @@ def test_the_baseline_agrees_with_the_challenges_counter_layer_by_layer():
         n_output = 2 if name == "pool" else 4  # ours has no axes of length 1
         assert list(layer.output_shape) == leaf["output"][:n_output], name
         if leaf["type"] in ("Conv2d", "BatchNorm2d", "ReLU", "AvgPool2d"):
-            assert layer.kind == leaf["type"], name
+            assert layer.kind == leaf["type"].removesuffix("2d" * (layer.kind == "AvgPool")), name
         compared.add(name)
     assert set(ours) - compared == {f"stages.s{s}.b{b}.add" for s, b in ((1, 1), (1, 2), (1, 3), (2, 5))}
 
@@ -248,9 +248,8 @@ def test_an_integer_network_costs_what_the_folded_one_costs_and_one_in_between_i
     prepared = prepare(model, QuantConfig())
     with pytest.raises(ValueError, match="fake quantization"):
         measure(prepared, CP_MOBILE_INPUT)
-    switch(prepared, observing=True)
     with torch.no_grad():
-        prepared(torch.linspace(-1, 1, 256 * 64).view(1, *CP_MOBILE_INPUT))
+        prepared.train()(torch.linspace(-1, 1, 256 * 64).view(1, *CP_MOBILE_INPUT))
     folded, integer = measure(model, CP_MOBILE_INPUT).folded, measure(convert(prepared), CP_MOBILE_INPUT).folded
     assert integer.macs == folded.macs
     assert integer.n_parameters == folded.n_parameters - 2 * 6  # gamma and beta became constants
