@@ -299,7 +299,11 @@ def test_a_silent_server_times_out_and_the_rest_follows(server, serve, tmp_path,
 def test_a_killed_download_is_resumed(server, serve, tmp_path, kill):
     url = serve(drop_after=200_000, n_drops=1, stall=True, etag='"v1"')
     path = tmp_path / "data.bin"
-    program = f"from helpers import download; download.CHUNK_BYTES = 1000; download.fetch({url!r}, {str(path)!r})"
+    program = (
+        "import signal; from helpers import download; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored where the tests run in the background
+        f"download.CHUNK_BYTES = 1000; download.fetch({url!r}, {str(path)!r})"
+    )
     child = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[1], stderr=subprocess.PIPE)
     part, deadline = tmp_path / "data.bin.part", time.monotonic() + 20
     while not part.exists() or part.stat().st_size < 200_000:
