@@ -9,10 +9,13 @@ take turns, one clip at a time. Front end included: from waveform to logits.
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helpers import parity
 from helpers.checkpoint import load_model
