@@ -102,10 +102,33 @@ class WaveformStore:
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Copies the rows (n,) out of the file: (n, sample) int16."""
         clips = self.waveforms[rows]
-        # The pages stay in the system's cache, but no longer count as this process's memory.
+        self._release_pages()
+        return clips
+
+    def read_windows(self, starts: np.ndarray, n_samples: int) -> np.ndarray:
+        """Copies windows out of the file as if its rows were one long recording: (n, n_samples) int16.
+
+        Args:
+            starts: first sample (n,) of each window, counted from the start of row 0; a window may cross rows.
+            n_samples: length of a window.
+
+        Raises:
+            IndexError: for a window that does not lie within the file.
+        """
+        samples = np.asarray(self.waveforms).reshape(-1)  # np.memmap's own slices cost more to make
+        if len(starts) and not (0 <= starts.min() and starts.max() + n_samples <= len(samples)):
+            raise IndexError(
+                f"windows of {n_samples} samples from {starts.min()} to {starts.max()} do not lie within "
+                f"{self.folder}, which holds {len(samples)} samples"
+            )
+        windows = np.lib.stride_tricks.sliding_window_view(samples, n_samples)[starts]
+        self._release_pages()
+        return windows
+
+    def _release_pages(self) -> None:
+        """The pages stay in the system's cache, but no longer count as this process's memory."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self.waveforms._mmap.madvise(mmap.MADV_DONTNEED)
-        return clips
 
 
 def open_store(meta: Meta, sample_rate: int, cache_path: Path | str, progress: bool = True) -> WaveformStore:

@@ -58,6 +58,7 @@ class Clips:
         self.teacher_logits = None if teacher_logits is None else torch.as_tensor(teacher_logits)
         self.store = store
         self._store_rows = None if store is None else store.rows(self.files)
+        self._resident_rows = self._store_rows  # in the order in which `load_onto` keeps them
         self._on_device: Tensor | None = None
 
     def __len__(self) -> int:
@@ -68,11 +69,14 @@ class Clips:
         """Size of the waveforms of this part in memory, as stored."""
         return 2 * len(self) * self.store.n_samples
 
+    def start_epoch(self, seed: int, epoch: int) -> None:
+        """Called before an epoch's batches; a part whose items change from epoch to epoch draws them here."""
+
     def load_onto(self, device: torch.device) -> None:
         """Copies all waveforms and labels into the memory of `device`, block by block; batches then start there."""
         waveforms = torch.empty(len(self), self.store.n_samples, dtype=torch.int16, device=device)
         for start in range(0, len(self), 1024):
-            block = self.store.read(self._store_rows[start : start + 1024])
+            block = self.store.read(self._resident_rows[start : start + 1024])
             waveforms[start : start + 1024] = torch.from_numpy(block).to(device)
         self._on_device = waveforms
         self.scene, self.recording_device = self.scene.to(device), self.recording_device.to(device)
@@ -81,17 +85,23 @@ class Clips:
 
     def batch(self, index: Tensor) -> Batch:
         """The clips at positions `index` (batch,) of this part."""
-        if self._on_device is None:
-            waveform = torch.from_numpy(self.store.read(self._store_rows[index.numpy()]))
-        else:
-            index = index.to(self._on_device.device)
-            waveform = self._on_device[index]
+        index = index.to(self.scene.device)
         return Batch(
-            waveform=waveform,
+            waveform=self._waveform(index),
             target=F.one_hot(self.scene[index], len(self.meta.scenes)).float(),
             recording_device=self.recording_device[index],
-            teacher_logits=None if self.teacher_logits is None else self.teacher_logits[index].float(),
+            teacher_logits=None if self.teacher_logits is None else self._teacher_logits(index),
         )
+
+    def _waveform(self, index: Tensor) -> Tensor:
+        """Waveforms (batch, sample) int16 of the items at `index`."""
+        if self._on_device is None:
+            return torch.from_numpy(self.store.read(self._store_rows[index.numpy()]))
+        return self._on_device[index]
+
+    def _teacher_logits(self, index: Tensor) -> Tensor:
+        """Teacher logits (batch, class) float32 of the items at `index`."""
+        return self.teacher_logits[index].float()
 
 
 def epoch_order(n_clips: int, seed: int, epoch: int) -> Tensor:
@@ -104,15 +114,24 @@ def epoch_order(n_clips: int, seed: int, epoch: int) -> Tensor:
 
 
 def batches(
-    clips: Clips, order: Tensor, batch_size: int, device: torch.device, start: int = 0, n_ahead: int = 1
+    clips: Clips,
+    order: Tensor,
+    batch_size: int,
+    device: torch.device,
+    start: int = 0,
+    n_ahead: int = 1,
+    rank: int = 0,
+    n_ranks: int = 1,
 ) -> Iterator[Batch]:
     """Yields the clips in `order` (clip,) as batches on `device`; the last, smaller one is kept.
 
     Args:
         start: number of batches to pass over.
         n_ahead: batches that a thread reads ahead while the device computes; 0 reads in the caller's thread.
+        rank: which share of every batch to read when `n_ranks` processes share it: every n-th clip. Where there are
+            fewer clips than processes, the first clip stands in; its loss must not count there.
     """
-    pieces = list(order.split(batch_size))[start:]
+    pieces = [piece if n_ranks == 1 else _share(piece, rank, n_ranks) for piece in order.split(batch_size)][start:]
     pin = device.type == "cuda"
 
     def read(piece: Tensor) -> Batch:
@@ -133,6 +152,11 @@ def batches(
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _share(piece: Tensor, rank: int, n_ranks: int) -> Tensor:
+    own = piece[rank::n_ranks]
+    return own if len(own) else piece[:1]
 
 
 def _pin(batch: Batch) -> Batch:

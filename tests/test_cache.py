@@ -203,3 +203,24 @@ def test_a_full_disk_is_an_os_error(tau, tmp_path, monkeypatch):
 def test_a_name_that_the_store_does_not_hold_is_an_error(tau, tmp_path):
     with pytest.raises(DataError, match="audio/none"):
         open_quietly(tau.root, tmp_path).rows(["audio/none.wav"])
+
+
+def test_windows_are_pieces_of_the_rows_end_to_end(tau, tmp_path):
+    store = open_quietly(tau.root, tmp_path, rate=44100)
+    n_rows, n_samples = store.waveforms.shape
+    joined = np.concatenate([store.read(np.array([row]))[0] for row in range(n_rows)])
+    starts = np.array([44100, 0, len(joined) - 1000, 3 * 44100 - 1, 7])
+    windows = store.read_windows(starts, 1000)
+    assert windows.shape == (5, 1000)
+    assert windows.dtype == np.int16
+    for window, start in zip(windows, starts, strict=True):
+        np.testing.assert_array_equal(window, joined[start : start + 1000])
+    np.testing.assert_array_equal(store.read_windows(np.array([2 * n_samples]), n_samples), store.read(np.array([2])))
+    assert store.read_windows(np.array([], dtype=np.int64), 1000).shape == (0, 1000)
+
+
+@pytest.mark.parametrize("start", [-1, 72 * 44100 - 999])
+def test_a_window_beyond_the_file_is_an_error(tau, tmp_path, start):
+    store = open_quietly(tau.root, tmp_path, rate=44100)
+    with pytest.raises(IndexError, match="do not lie within"):
+        store.read_windows(np.array([0, start]), 1000)
