@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.signal import fftconvolve
-from scipy.stats import beta, kstest
+from scipy.stats import beta, chisquare, kstest
 
 from datasets.impulse_responses import read_impulse_responses
 from datasets.waveforms import Batch
-from helpers.augment import build_augment
+from helpers.augment import AugmentConfig, build_augment
 from helpers.augment.device_impulse_response import DeviceImpulseResponse, fast_fft_length
 from helpers.augment.freq_mixstyle import FreqMixStyle, _beta, mix_style
-from helpers.augment.spec_mask import SpecMask
+from helpers.augment.spec_mask import ShareMask, SpecMask
 from helpers.augment.time_roll import TimeRoll
 from helpers.losses import kd_loss
 from models import get_frontend, get_model
@@ -139,6 +139,41 @@ def test_a_shared_mask_is_the_same_for_all_clips():
     assert (masked == 0.9).any()
 
 
+@pytest.mark.parametrize("axis", ["mel", "time"])
+def test_masks_of_a_share_are_those_of_the_published_augmentation(axis, shared):
+    data = torch.load(shared("golden/easy_dcase_task1/augment.pt"), weights_only=True)
+    log_mel = torch.ones(data["specaug_input_ones"])  # (batch, 1, mel, time)
+    torch.manual_seed(data["specaug_seed"])
+    if axis == "time":
+        torch.rand(2 * len(log_mel))  # what the published code drew for the other axis before
+    masked = ShareMask(data["specaug_mask_size"], axis, value=0.0, p=1.0)(Batch(log_mel, log_mel=log_mel)).log_mel
+    zero = (masked == 0).all(dim=3 if axis == "mel" else 2).sum(dim=(1, 2))  # (batch,) cells of the axis
+    assert torch.equal(zero, data["specaug_zero_rows" if axis == "mel" else "specaug_zero_cols"])
+    assert set(masked.unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(("max_share", "bound"), [(0.1, 2), (0.27, 6), (1.0, 24)])  # 2.4 and 6.48 of 24 are rounded
+def test_masks_of_a_share_stay_below_the_rounded_share(max_share, bound):
+    torch.manual_seed(0)
+    log_mel = torch.ones(2000, 1, 24, 4)
+    masked = ShareMask(max_share, "mel", value=-0.5, p=1.0)(Batch(log_mel, log_mel=log_mel)).log_mel
+    widths = (masked == -0.5).sum(dim=(1, 2, 3)) // 4
+    counts = torch.bincount(widths, minlength=bound)
+    assert len(counts) == bound  # 0 .. bound - 1
+    assert chisquare(counts.numpy()).pvalue > 0.001
+
+
+def test_masks_of_a_share_happen_to_whole_batches_at_their_rate():
+    torch.manual_seed(0)
+    log_mel = torch.ones(40, 1, 24, 16)
+    mask = ShareMask(0.9, "time", value=0.0, p=0.3)
+    hit = [(mask(Batch(log_mel, log_mel=log_mel)).log_mel == 0).any(dim=(1, 2, 3)).float().mean() for _ in range(1000)]
+    hit = torch.stack(hit)
+    # Of 40 clips about 37 have a width over 0 where the coin says yes, and none where it says no.
+    assert ((hit == 0) | (hit > 0.5)).all()
+    assert (hit > 0).float().mean().item() == pytest.approx(0.3, abs=0.05)  # 3 sigma
+
+
 def test_mixstyle_matches_the_published_one(golden):
     data = golden("mixstyle_small")
     mixed = mix_style(data["x"], data["lam"], torch.tensor(data["perm"]))
@@ -189,18 +224,29 @@ def test_the_whole_training_path_matches_the_published_one(golden):
 
 def chain(**options) -> torch.nn.ModuleDict:
     defaults = {
-        "responses": responses_of(9), "n_samples": 3200, "dir_prob": 1.0, "dir_devices": None, "roll": 50, "freqm": 8,
-        "timem": 4, "mask_value": 0.9, "mixstyle_p": 1.0, "mixstyle_alpha": 0.3,
+        "dir_prob": 1.0, "roll": 50, "freqm": 8, "timem": 4, "mixstyle_p": 1.0, "mask_share": 0.2, "mixup_alpha": 0.3,
     }  # fmt: skip
-    return build_augment(**(defaults | options))
+    config = AugmentConfig(**(defaults | options))
+    responses = responses_of(9) if config.dir_prob > 0 else []
+    return build_augment(config, responses, dir_devices=None, n_samples=3200, mask_value=0.9)
 
 
 def test_everything_is_inert_in_eval_and_when_off():
     batch = batch_of()
-    off = chain(responses=[], dir_prob=0.0, roll=0, freqm=0, timem=0, mixstyle_p=0.0)
+    off = chain(dir_prob=0.0, roll=0, freqm=0, timem=0, mixstyle_p=0.0, mask_share=0.0, mixup_alpha=0.0)
     for augment in (chain().eval(), off):
         for part in ("waveform", "log_mel"):
             assert augment[part](batch) is batch
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [ShareMask(0.0, "mel", 0.0, p=1.0), ShareMask(0.5, "mel", 0.0, p=0.0), ShareMask(0.5, "time", 0.0, p=1.0).eval()],
+    ids=["no share", "no chance", "eval"],
+)
+def test_masks_of_a_share_are_inert_when_off_or_in_eval(mask):
+    batch = batch_of()
+    assert mask(batch) is batch
 
 
 def test_the_chain_is_repeatable_and_changes_nothing_in_place():
@@ -226,6 +272,11 @@ def test_the_chain_is_repeatable_and_changes_nothing_in_place():
         lambda: TimeRoll(-1),
         lambda: SpecMask(-1, "mel", 0.0),
         lambda: SpecMask(1, "frequency", 0.0),
+        lambda: ShareMask(0.1, "frequency", 0.0, p=1.0),
+        lambda: ShareMask(1.1, "mel", 0.0, p=1.0),
+        lambda: ShareMask(-0.1, "mel", 0.0, p=1.0),
+        lambda: ShareMask(0.1, "time", 0.0, p=1.1),
+        lambda: ShareMask(float("nan"), "time", 0.0, p=1.0),
         lambda: FreqMixStyle(p=-0.1, alpha=0.3),
         lambda: FreqMixStyle(p=0.1, alpha=0.0),
     ],

@@ -1,40 +1,74 @@
 """Augmentations: each maps a `Batch` to a new one, is inert in eval mode, and draws from the global generator of the
-batch's device. This module holds the ordered chain of the student recipe."""
+batch's device. This module holds the ordered chain of all recipes, and its options with the student's defaults."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from torch import nn
 
 from helpers.augment.device_impulse_response import DeviceImpulseResponse
 from helpers.augment.freq_mixstyle import FreqMixStyle
-from helpers.augment.spec_mask import SpecMask
+from helpers.augment.mixup import MixUp
+from helpers.augment.spec_mask import ShareMask, SpecMask
 from helpers.augment.time_roll import TimeRoll
 
 
+@dataclass(frozen=True)
+class AugmentConfig:
+    roll: Annotated[int, "largest circular shift of a clip, in samples; 0 is off"] = 4000
+    dir_prob: Annotated[float, "share of clips given a device impulse response; 0 is off"] = 0.6
+    dirs_path: Annotated[str | None, "folder of impulse responses (default: MicIRP's, fetched once)"] = None
+    dir_devices: Annotated[str, "recording devices to convolve: names joined by commas, all, or auto (a)"] = "auto"
+    mixstyle_p: Annotated[float, "share of batches with Freq-MixStyle; 0 is off"] = 0.4
+    mixstyle_alpha: Annotated[float, "parameter of its Beta distribution"] = 0.3
+    freqm: Annotated[int, "widest frequency mask plus one, in mel bins; 0 is off"] = 48
+    timem: Annotated[int, "widest time mask plus one, in frames; 0 is off"] = 0
+    mask_share: Annotated[float, "widest masks of both axes, as shares of the spectrogram; 0 is off"] = 0.0
+    mixup_alpha: Annotated[float, "parameter of mixup's Beta distribution; 0 is off"] = 0.0
+
+    def __post_init__(self):
+        for name in ("roll", "freqm", "timem", "mixup_alpha"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        for name in ("dir_prob", "mixstyle_p", "mask_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not self.mixstyle_alpha > 0:
+            raise ValueError(f"mixstyle_alpha must be > 0, got {self.mixstyle_alpha}")
+
+
 def build_augment(
+    config: AugmentConfig,
     responses: Sequence[np.ndarray],
-    n_samples: int,
-    dir_prob: float,
     dir_devices: Sequence[int] | None,
-    roll: int,
-    freqm: int,
-    timem: int,
+    n_samples: int,
     mask_value: float,
-    mixstyle_p: float,
-    mixstyle_alpha: float,
+    temperature: float | None = None,
 ) -> nn.ModuleDict:
-    """The published chain: `waveform` goes before the front end, `log_mel` after it; order is order of application."""
+    """The chain: `waveform` goes before the front end, `log_mel` after it; order is order of application.
+
+    Args:
+        responses: impulse responses (sample,) at the rate of the clips.
+        dir_devices: positions of the recording devices that they are meant for; None is all.
+        n_samples: length of a clip.
+        mask_value: what a masked cell holds, on the scale of the front end's output.
+        temperature: of the distillation loss, which mixup needs with a teacher.
+    """
     return nn.ModuleDict(
         {
             "waveform": nn.Sequential(
-                DeviceImpulseResponse(responses, n_samples, p=dir_prob, recording_devices=dir_devices),
-                TimeRoll(max_shift=roll),
+                DeviceImpulseResponse(responses, n_samples, p=config.dir_prob, recording_devices=dir_devices),
+                TimeRoll(max_shift=config.roll),
             ),
             "log_mel": nn.Sequential(
-                SpecMask(max_width=freqm, axis="mel", value=mask_value),
-                SpecMask(max_width=timem, axis="time", value=mask_value),
-                FreqMixStyle(p=mixstyle_p, alpha=mixstyle_alpha),
+                SpecMask(max_width=config.freqm, axis="mel", value=mask_value),
+                SpecMask(max_width=config.timem, axis="time", value=mask_value),
+                FreqMixStyle(p=config.mixstyle_p, alpha=config.mixstyle_alpha),
+                ShareMask(max_share=config.mask_share, axis="mel", value=0.0),
+                ShareMask(max_share=config.mask_share, axis="time", value=0.0),
+                MixUp(alpha=config.mixup_alpha, temperature=temperature),
             ),
         }
     )
