@@ -16,7 +16,6 @@ Published recipe: F. Schmid et al., DCASE Workshop 2023; what rounds where: mode
 import argparse
 import logging
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -27,26 +26,24 @@ from torch import Tensor
 from datasets.synthetic import SYNTHETIC_NOTICE
 from datasets.waveforms import Batch, batches, epoch_order
 from helpers import cli
-from helpers.augment import build_augment
+from helpers.augment import AugmentConfig
 from helpers.checkpoint import (
     CheckpointError,
     LoadedModel,
-    describe,
+    describe_run,
     load_model,
     restore_training,
     save_checkpoint,
     training_state,
 )
-from helpers.data import DataConfig, load_data, load_responses, load_teacher, place_on_device
+from helpers.data import DataConfig, load_augment, load_data, load_teacher, place_on_device
+from helpers.distributed import join_processes
 from helpers.export import write_onnx
-from helpers.logger import RunLogger
-from helpers.loop import LoopState, Precision, StopSignal, predict, train_one_epoch
+from helpers.loop import LoopState, Precision, StopSignal, Update, evaluate, predict, train_one_epoch
 from helpers.losses import kd_loss
 from helpers.memory import keep_freed_memory
-from helpers.metrics import score
 from helpers.options import (
     FRONTEND_OPTIONS,
-    add_augmentation_options,
     add_compute_options,
     add_data_options,
     add_distillation_options,
@@ -54,8 +51,8 @@ from helpers.options import (
     add_run_options,
 )
 from helpers.quantization import calibrate, for_target, freeze, prepare, rounding_off
-from helpers.report import epoch_line, metric_tables, write_report
-from helpers.runs import Autosave, last_checkpoint, parse_options, source_checkpoint
+from helpers.report import metric_tables, write_report
+from helpers.runs import Autosave, last_checkpoint, open_run, parse_options, source_checkpoint
 from helpers.schedule import WarmupRampdown
 from models import FRONTENDS, MODELS
 from models.quantized import QuantConfig
@@ -81,11 +78,11 @@ def make_parser() -> argparse.ArgumentParser:
     quant.add_argument("--percentile", type=cli.number(float, 50, 100), default=99.99,
                        help="share of the values that --ptq percentile keeps in range, in percent")  # fmt: skip
     quant.add_argument("--calibration_clips", type=cli.number(int, 1), default=1024,
-                       help="training clips that the ranges of --ptq, or the first ranges, come from")  # fmt: skip
+                       help="training clips that activation ranges come from, anew for every epoch")  # fmt: skip
     quant.add_argument("--freeze_params_epochs", type=cli.number(int, 0), default=4,
                        help="last epochs in which ranges and batch-norm statistics stay fixed")  # fmt: skip
     cli.add_config_arguments(parser, "8-bit arithmetic", QuantConfig)
-    add_augmentation_options(parser)
+    cli.add_config_arguments(parser, "augmentation", AugmentConfig)
     add_distillation_options(parser)
     add_optimisation_options(parser)
 
@@ -116,6 +113,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         schedule = cli.config_from(args, WarmupRampdown)
         quant_config = cli.config_from(args, QuantConfig)
         data_config = cli.config_from(args, DataConfig)
+        augment_config = cli.config_from(args, AugmentConfig)
     if trains and args.freeze_params_epochs > args.n_epochs:
         parser.error(f"--freeze_params_epochs {args.freeze_params_epochs} is more than --n_epochs {args.n_epochs}")
 
@@ -124,141 +122,122 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     source = load_model(path)
     check_source(parser, args, source, path)
     frontend = source.frontend.to(device)
-    data = load_data(data_config, frontend.config.sample_rate, args.seed)
-    if source.scenes != tuple(data.meta.scenes):
-        raise CheckpointError(
-            f"{path} knows the scenes {', '.join(source.scenes) or 'of no known data set'}; "
-            f"{data.meta.root} has {', '.join(data.meta.scenes)}"
-        )
+    processes = join_processes(device)
+    with processes.main_first():
+        data = load_data(data_config, frontend.config.sample_rate, args.seed)
+        if source.scenes != tuple(data.meta.scenes):
+            raise CheckpointError(
+                f"{path} knows the scenes {', '.join(source.scenes) or 'of no known data set'}; "
+                f"{data.meta.root} has {', '.join(data.meta.scenes)}"
+            )
+        if trains:
+            demanded = bool({"kd_lambda", "teacher_logits"} & given)
+            has_teacher = load_teacher(data, args.kd_lambda, args.teacher_logits, demanded)
+            temperature, mask_value = args.temperature if has_teacher else None, type(frontend).mask_value
+            with cli.option_errors(parser):
+                augment = load_augment(augment_config, data, data_config, mask_value, temperature).to(device)
+    processes.check_clips(len(data.train), len(data.test), args.batch_size)
     if trains:
-        responses, dir_devices = load_responses(data, data_config, args.dirs_path, args.dir_prob, args.dir_devices)
-        load_teacher(data, args.kd_lambda, args.teacher_logits, demanded=bool({"kd_lambda", "teacher_logits"} & given))
         place_on_device(data.train, args.data_on_device, device)
-        with cli.option_errors(parser):
-            augment = build_augment(
-                responses, data.store.n_samples, args.dir_prob, dir_devices, args.roll, args.freqm, args.timem,
-                type(frontend).mask_value, args.mixstyle_p, args.mixstyle_alpha,
-            ).to(device)  # fmt: skip
-
-    def scores(prefix: str, network: torch.nn.Module) -> dict[str, float]:
-        metrics = {}
-        for part, clips in (("val", data.val), ("test", data.test)):
-            if clips is not None:
-                logits = predict(network, frontend, clips, args.batch_size, device, args.num_workers)
-                metrics |= {f"{prefix}{part}/{k}": value for k, value in score(clips, logits, data.groups).items()}
-        return metrics
 
     def calibration_batches() -> Iterator[Tensor]:
         order = epoch_order(len(data.train), args.seed, 0)[: args.calibration_clips]
         for batch in batches(data.train, order, args.batch_size, device, n_ahead=args.num_workers):
             yield frontend.eval()(batch.waveform)
 
+    def scores(network: torch.nn.Module, prefix: str = "") -> dict[str, float]:
+        return evaluate(network, frontend, data, args.batch_size, device, args.num_workers, processes, prefix)
+
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     source.model.to(device, memory_format=memory_format)
-    state, precision = LoopState(), Precision("fp32", device)
-    scaler = precision.scaler()
+    model = source.model
     if args.resume:
-        model, source_scores = source.model, source.content["source_scores"]
+        source_scores = source.content["source_scores"]
     else:
-        source_scores = scores("source/", source.model)
-        model = source.model
+        source_scores = scores(source.model, "source/")
         if args.precision == "int8":
             model = prepare(model, quant_config)
             calibrate(model, calibration_batches, args.ptq or "mse", args.percentile)
         else:
             model = model.half()
+    state, precision = LoopState(), Precision("fp32", device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=trains)
+    update = Update(optimizer, precision.scaler(), precision, args.batch_size, processes)
+    processes.seed(args.seed)
     if args.resume:
-        restore_training(path, source.content, data.meta.scenes, model, optimizer, scaler, state, device)
+        restore_training(path, source.content, data.meta.scenes, model, update, state, device)
+    forward = processes.wrap(model, device) if trains else model
 
     def loss_fn(logits: Tensor, batch: Batch):
         return kd_loss(logits, batch.target, batch.teacher_logits, args.kd_lambda, args.temperature)
 
-    logger = RunLogger(
-        args.project_name, args.resume, vars(args), args.logger, args.experiment_name,
+    logger = open_run(
+        processes, args.project_name, args.resume or args.run_id, vars(args), args.logger, args.experiment_name,
         resume_epoch=state.epoch if args.resume else None,
     )  # fmt: skip
     with logger, StopSignal() as stop:
         log.info("run %s in %s: %s of %s", logger.id, logger.dir, args.precision, path)
-        last = logger.checkpoint_dir / "last.pt"
 
-        def save(path: Path = last) -> None:
-            save_checkpoint(
-                path,
-                {
-                    "model": describe(model, MODELS),
-                    "frontend": describe(frontend, FRONTENDS),
+        def save(name: str) -> None:
+            training = training_state(update, state, device)
+            if processes.is_main:
+                run = describe_run(model, frontend, data.meta, data.store.n_samples, vars(args))
+                quantization = {
                     "precision": args.precision,
                     "quantization": asdict(quant_config) if args.precision == "int8" else None,
-                    "scenes": list(data.meta.scenes),
-                    "recording_devices": list(data.meta.recording_devices),
-                    "clip_samples": data.store.n_samples,
-                    "options": vars(args),
                     "source_scores": source_scores,
-                    **training_state(optimizer, scaler, state, device),
-                },
-            )
+                }
+                save_checkpoint(logger.checkpoint_dir / name, run | quantization | training)
 
-        def evaluate() -> dict[str, float]:
+        def target_scores() -> dict[str, float]:
             """Scores of the network as the target computes it, and of its weights in float32."""
-            metrics = scores("", for_target(model, args.precision))
+            metrics = scores(for_target(model, args.precision))
             if args.precision == "int8":
                 with rounding_off(model):
-                    metrics |= scores("fp32/", model)
+                    metrics |= scores(model, "fp32/")
             return metrics
 
         resume = f"python run_qat.py --project_name {args.project_name} --resume {logger.id}"
-        autosave = Autosave(save, args.save_minutes, stop, state, optimizer, resume)
+        autosave = Autosave(save, args.save_minutes, stop, state, update, resume)
         if not args.resume:
-            save()  # from here on a killed run can be resumed
+            save("last.pt")  # from here on a killed run can be resumed
         metrics: dict[str, float] = {}
         while trains and state.epoch < args.n_epochs:
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * schedule.factor(state.epoch)
-            if state.epoch >= args.n_epochs - args.freeze_params_epochs:
+            update.set_lr(args.lr * schedule.factor(state.epoch))
+            n_frozen = state.epoch - (args.n_epochs - args.freeze_params_epochs)  # epochs since ranges froze
+            if n_frozen >= 0:
                 freeze(model)
-            started, n_before = time.monotonic(), state.n_clips
+            if n_frozen <= 0 and state.step == 0 and state.epoch > 0:
+                calibrate(model, calibration_batches)  # the weights have moved
             order = epoch_order(len(data.train), args.seed, state.epoch)
-            loader = batches(data.train, order, args.batch_size, device, start=state.step, n_ahead=args.num_workers)
-            losses = train_one_epoch(
-                model, frontend, augment, loss_fn, loader, optimizer, scaler, precision, state, autosave, len(order)
+            loader = batches(
+                data.train, order, args.batch_size, device, state.step, args.num_workers, processes.rank, processes.size
             )
-            seconds = time.monotonic() - started
-            metrics = {f"train/{name}": value for name, value in losses.items()}
-            metrics |= {"train/lr": optimizer.param_groups[0]["lr"], "train/seconds": seconds}
-            metrics["train/clips_per_second"] = (state.n_clips - n_before) / seconds
+            metrics = train_one_epoch(forward, frontend, augment, loss_fn, loader, update, state, autosave, len(order))
+            if state.epoch + 1 == args.n_epochs or (state.epoch + 1) % args.eval_every == 0:
+                metrics |= target_scores()
+            autosave.finish_epoch(metrics | (source_scores if state.epoch == 0 else {}), logger)
 
-            is_last = state.epoch + 1 == args.n_epochs
-            if is_last or (state.epoch + 1) % args.eval_every == 0:
-                metrics |= evaluate()
-            log.info(epoch_line(state.epoch, metrics))
-            logger.write(state.epoch, metrics | (source_scores if state.epoch == 0 else {}))
-            better = metrics.get("val/acc", float("-inf")) > state.best
-            if better:
-                state.best = metrics["val/acc"]
-            state.finish_epoch()
-            if better:
-                save(logger.checkpoint_dir / "best.pt")
-            save()
-            autosave.saved_at = time.monotonic()
-
-        metrics |= evaluate() if "test/acc" not in metrics else {}
+        metrics |= target_scores() if "test/acc" not in metrics else {}
         metrics |= source_scores
         if not trains and state.epoch == 0:
             logger.write(0, metrics)
             state.finish_epoch()
-            save()
-        print(metric_tables(metrics))
-        note = SYNTHETIC_NOTICE if args.dataset == "synthetic" else ""
+            save("last.pt")
         target = for_target(model, args.precision)
-        predictions = predict(target, frontend, data.test, args.batch_size, device, args.num_workers).argmax(dim=1)
-        write_report(logger.dir, predictions.numpy(), data.test.scene.cpu().numpy(), data.meta.scenes, note=note)
-        file = write_onnx(
-            target.cpu(), frontend.cpu(), data.meta.scenes, data.store.n_samples, args.precision, False,
-            logger.dir / f"network_{args.precision}.onnx",
-        )  # fmt: skip
-        print(f"\n{summary(metrics, args.precision)}\n{file}: {file.stat().st_size:,} bytes")
-        print(f"further files and a parity report: python run_export.py --checkpoint {last}")
+        logits = predict(target, frontend, data.test, args.batch_size, device, args.num_workers, processes)
+        if processes.is_main:
+            print(metric_tables(metrics))
+            note = SYNTHETIC_NOTICE if args.dataset == "synthetic" else ""
+            predictions, targets = logits.argmax(dim=1).numpy(), data.test.scene.cpu().numpy()
+            write_report(logger.dir, predictions, targets, data.meta.scenes, note=note)
+            file = write_onnx(
+                target.cpu(), frontend.cpu(), data.meta.scenes, data.store.n_samples, args.precision, False,
+                logger.dir / f"network_{args.precision}.onnx",
+            )  # fmt: skip
+            print(f"\n{summary(metrics, args.precision)}\n{file}: {file.stat().st_size:,} bytes")
+            last = logger.checkpoint_dir / "last.pt"
+            print(f"further files and a parity report: python run_export.py --checkpoint {last}")
     return metrics
 
 

@@ -17,7 +17,6 @@ from models.integer import LEVELS
 from models.quantized import QUANTIZED, ActivationQuantizer, QuantConfig, Switches
 
 N_BINS = 2048
-OBSERVED_BY_CALIBRATION = 10  # batches that a calibrated range counts for when training goes on from it
 # Layers that hand activations on unchanged.
 TRANSPARENT = (nn.Sequential, nn.ModuleList, nn.Identity, nn.Dropout)
 
@@ -59,7 +58,7 @@ def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
 
 
 def switch(model: nn.Module, **states: bool) -> None:
-    """Sets `rounding`, `observing` or `norm_frozen` in all layers of a prepared network."""
+    """Sets `rounding` or `norm_frozen` in all layers of a prepared network."""
     for module in model.modules():
         if isinstance(module, Switches):
             for name, state in states.items():
@@ -78,9 +77,9 @@ def rounding_off(model: nn.Module) -> Iterator[nn.Module]:
 
 def convert(model: nn.Module) -> nn.Module:
     """The integer network that a prepared one stands for: a copy, in eval mode, on the same device."""
-    unseen = [name for name, quantizer in quantizers(model) if quantizer.n_observed == 0]
+    unseen = [name for name, quantizer in quantizers(model) if not quantizer.has_range]
     if unseen:
-        raise QuantizationError(f"{unseen[0]} has no range yet: calibrate or train the network before converting it")
+        raise QuantizationError(f"{unseen[0]} has no range yet: calibrate the network before converting it")
     converted = copy.deepcopy(model).eval()
     device = next(model.parameters()).device
     for module in list(converted.modules()):
@@ -174,9 +173,7 @@ def calibrate(
             low, high = _percentile_range(counts[name], low, high, percentile)
         elif method == "mse":
             low, high = _mse_range(counts[name], low, high)
-        quantizer.low.fill_(low)
-        quantizer.high.fill_(high)
-        quantizer.n_observed.fill_(OBSERVED_BY_CALIBRATION)
+        quantizer.set_range(low, high)
     model.train(was_training)
 
 
@@ -205,5 +202,5 @@ def _mse_range(counts: Tensor, low: float, high: float) -> tuple[float, float]:
 
 
 def freeze(model: nn.Module) -> None:
-    """Ranges and batch-norm statistics stay as they are from now on; weights go on learning."""
-    switch(model, observing=False, norm_frozen=True)
+    """Batch-norm statistics stay as they are from now on; weights go on learning."""
+    switch(model, norm_frozen=True)

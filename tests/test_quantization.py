@@ -82,7 +82,7 @@ def test_prepared_networks_keep_weights_and_names_and_compute_the_same_without_r
     assert not any(isinstance(module, Switches) for module in model.modules())
     ours = ready.state_dict()
     assert {name for name in ours if name not in before} == {
-        f"{name}.{entry}" for name, _ in quantizers(ready) for entry in ("low", "high", "n_observed")
+        f"{name}.{entry}" for name, _ in quantizers(ready) for entry in ("low", "high")
     }
     assert all(torch.equal(ours[name], value) for name, value in before.items())
     again = network(**options)
@@ -193,7 +193,9 @@ def test_training_lowers_the_loss_with_finite_gradients(variant):
     target = torch.arange(8) % 10
     optimizer = torch.optim.Adam(ready.parameters(), lr=3e-3)
     losses = []
-    for _ in range(12):
+    for i in range(18):
+        if i % 3 == 0:
+            calibrate(ready, lambda: [spectrograms()])  # as run_qat.py does at the start of an epoch
         loss = F.cross_entropy(ready(spectrograms()), target)
         optimizer.zero_grad()
         loss.backward()
@@ -217,7 +219,7 @@ def train_steps(model: nn.Module, n_steps: int) -> None:
         optimizer.step()
 
 
-def test_freezing_stops_ranges_and_norms_but_not_weights():
+def test_freezing_stops_norms_but_not_weights():
     """In the published system norms were folded away beforehand: nothing was left to freeze."""
     ready = prepared()
     norms = [name for name, module in ready.named_modules() if isinstance(module, nn.BatchNorm2d)]
@@ -227,9 +229,6 @@ def test_freezing_stops_ranges_and_norms_but_not_weights():
     learned = state_of(ready)
     for name in norms:
         assert not torch.equal(learned[f"{name}.running_mean"], before[f"{name}.running_mean"]), name
-    assert all(
-        not torch.equal(learned[f"{n}.high"], before[f"{n}.high"]) for n, _ in quantizers(ready) if "output" in n
-    )
     freeze(ready)
     train_steps(ready, 2)
     frozen = state_of(ready)
@@ -241,7 +240,7 @@ def test_freezing_stops_ranges_and_norms_but_not_weights():
     # Training mode now computes what eval mode does.
     x = spectrograms()
     assert torch.equal(ready.train()(x), ready.eval()(x))
-    switch(ready, observing=True, norm_frozen=False)
+    switch(ready, norm_frozen=False)
     train_steps(ready, 1)
     assert not torch.equal(state_of(ready)[f"{norms[0]}.running_mean"], frozen[f"{norms[0]}.running_mean"])
 

@@ -1,13 +1,13 @@
 import copy
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from helpers.checkpoint import load_model
+from helpers.quantization import calibrate
 from models.blocks import Add, AvgPool, ConvUnit, GlobalMean, fold
 from models.cp_mobile import ResponseNorm
 from models.quantized import (
@@ -59,6 +59,21 @@ def gradients(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> dict[str, 
     return found | {f"input {i}": x.grad for i, x in enumerate(inputs)}
 
 
+def ranged(module: nn.Module, *inputs: torch.Tensor) -> nn.Module:
+    """The module with ranges that are the extremes of its activations for these inputs."""
+
+    class Once(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = module
+
+        def forward(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            return self.layer(*inputs)
+
+    calibrate(Once(), lambda: [inputs], "minmax")
+    return module
+
+
 def buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in module.named_buffers()}
 
@@ -85,21 +100,9 @@ def test_folding_matches_the_published_fused_network(golden, name):
 # ---- activations ----------------------------------------------------------------------------------------------------
 
 
-def test_ranges_are_the_mean_of_the_batches_extremes_and_then_a_slow_one():
-    quantizer, expected = ActivationQuantizer().train(), None
-    for i in range(150):
-        x = torch.linspace(-1 - i % 7, 2 + i % 11, 50)
-        quantizer(x)
-        extremes = np.array([x.min(), x.max()], dtype=np.float64)
-        weight = max(1 / (i + 1), 0.01)
-        expected = extremes if expected is None else (1 - weight) * expected + weight * extremes
-    assert [quantizer.low.item(), quantizer.high.item()] == pytest.approx(expected, rel=1e-5)
-    assert quantizer.n_observed == 150
-
-
 def test_ranges_include_zero_and_zero_is_a_level():
     for x in (torch.linspace(2, 3, 9), torch.linspace(-3, -2, 9), torch.linspace(-0.3, 5, 9), torch.zeros(9)):
-        quantizer = ActivationQuantizer().train()
+        quantizer = ranged(ActivationQuantizer(), x)
         y = quantizer(x)
         assert quantizer.low <= 0 <= quantizer.high
         assert quantizer(torch.zeros(1)).item() == 0
@@ -108,24 +111,17 @@ def test_ranges_include_zero_and_zero_is_a_level():
 
 
 @pytest.mark.parametrize("make", [ActivationQuantizer, ResponseQuantizer])
-@pytest.mark.parametrize("off", ["eval", "observing"])
-def test_nothing_is_observed_in_eval_mode_or_when_switched_off(make, off):
-    quantizer = make().train()
-    quantizer(torch.linspace(-1, 3, 20))
-    if off == "eval":
-        quantizer.eval()
-    else:
-        quantizer.observing = False
+@pytest.mark.parametrize("training", [True, False])
+def test_a_forward_pass_changes_no_range(make, training):
+    quantizer = ranged(make(), torch.linspace(-1, 3, 20)).train(training)
     before = buffers(quantizer)
     y = quantizer(torch.linspace(-100, 100, 20))
     assert all(torch.equal(value, before[name]) for name, value in quantizer.named_buffers())
-    assert y.abs().max() < 4  # the range it had learned
+    assert y.abs().max() < 4  # the range it was given
 
 
 def test_the_gradient_passes_inside_the_range_only():
-    quantizer = ActivationQuantizer().train()
-    quantizer(torch.tensor([-1.0, 3.0]))
-    quantizer.eval()
+    quantizer = ranged(ActivationQuantizer(), torch.tensor([-1.0, 3.0]))
     x = torch.tensor([-9.0, -1.5, -0.9, 0.0, 0.013, 2.9, 3.5, 9.0], requires_grad=True)
     quantizer(x).sum().backward()
     assert x.grad.tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
@@ -216,13 +212,13 @@ def test_straight_through_gradients_are_those_of_the_float_unit(mode):
 
 
 def test_the_norm_learns_until_it_is_frozen():
-    fake = FakeConvUnit(unit_of(), CONFIG, False).train()
     x = wave((4, 6, 9, 7), "x", 3.0)
+    fake = ranged(FakeConvUnit(unit_of(), CONFIG, False), x).train()
     before = buffers(fake)
     fake(x)
-    for name in ("1.running_mean", "1.running_var", "1.num_batches_tracked", "output.high", "output.n_observed"):
+    for name in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):
         assert not torch.equal(buffers(fake)[name], before[name]), name
-    fake.norm_frozen, fake.output.observing = True, False
+    fake.norm_frozen = True
     before = buffers(fake)
     y = fake(x * 2)
     assert all(torch.equal(value, before[name]) for name, value in fake.named_buffers())
@@ -230,13 +226,12 @@ def test_the_norm_learns_until_it_is_frozen():
 
 
 def test_ranges_behind_a_relu_spend_no_level_on_negative_values():
-    fake = FakeConvUnit(unit_of(), CONFIG, False).train()
-    y = fake(wave((4, 6, 9, 7), "x"))
+    x = wave((4, 6, 9, 7), "x")
+    fake = ranged(FakeConvUnit(unit_of(), CONFIG, False), x)
     assert fake.output.low == 0
     assert fake.output.constants()[1] == -128
-    assert y.min() == 0
-    without = FakeConvUnit(unit_of(relu=False), CONFIG, False).train()
-    without(wave((4, 6, 9, 7), "x"))
+    assert fake(x).min() == 0
+    without = ranged(FakeConvUnit(unit_of(relu=False), CONFIG, False), x)
     assert without.output.low < 0
 
 
@@ -246,8 +241,8 @@ def test_switched_off_channels_are_their_bias_and_train(gain):
     with torch.no_grad():
         unit[1].weight[2] = gain
         unit[1].bias[2] = 0.25
-    fake = FakeConvUnit(unit, CONFIG, False).train()
     x = wave((4, 6, 9, 7), "x")
+    fake = ranged(FakeConvUnit(unit, CONFIG, False), x).train()
     for _ in range(3):
         assert all(torch.isfinite(value).all() for value in gradients(fake, (x,)).values())
     y = fake.eval()(x)
@@ -303,7 +298,7 @@ def test_response_norm_with_rounding_stays_near_the_float_layer(gamma, beta):
     layer = response_norm(gamma, beta)
     fake = FakeResponseNorm(copy.deepcopy(layer), CONFIG, False)
     x = wave((3, 12, 8, 6), "x") * torch.linspace(0.2, 2, 12)[:, None, None]
-    fake.train()(x)
+    ranged(fake, x)
     y, expected = fake.eval()(x), layer.eval()(x)
     step = fake._output()[0].item()
     n_steps = y / step
@@ -324,8 +319,8 @@ def test_response_norm_with_rounding_stays_near_the_float_layer(gamma, beta):
 
 @pytest.mark.parametrize("beta", [-0.2, 0.0, 0.2])
 def test_response_norm_trains_on_silence(beta):
-    fake = FakeResponseNorm(response_norm(0.5, beta), CONFIG, False).train()
     x = torch.zeros(2, 4, 3, 3)
+    fake = ranged(FakeResponseNorm(response_norm(0.5, beta), CONFIG, False), x).train()
     for _ in range(2):
         assert all(torch.isfinite(value).all() for value in gradients(fake, (x,)).values())
     assert (fake.eval()(x) - max(beta, 0)).abs().max() <= 1e-3
@@ -339,7 +334,7 @@ def test_sums_and_pools_round_what_the_float_layers_give():
         (FakeAvgPool(pool, CONFIG, False), pool, (x,)),
     ):
         expected = layer(*inputs)
-        out = fake.train()(*inputs)
+        out = ranged(fake, *inputs)(*inputs)
         scale, _ = fake.output.params()
         assert (out - expected).abs().max() <= 1.001 * scale
         assert len(out.unique()) > 50
