@@ -11,8 +11,6 @@ Recipe: F. Schmid et al., "Distilling the Knowledge of Transformers and CNNs wit
 import argparse
 import logging
 import sys
-import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,32 +19,26 @@ from datasets.synthetic import SYNTHETIC_NOTICE
 from datasets.tau import DataError
 from datasets.waveforms import Batch, batches, epoch_order
 from helpers import cli
-from helpers.augment import build_augment
-from helpers.checkpoint import (
-    describe,
-    load_checkpoint,
-    restore_training,
-    save_checkpoint,
-    training_state,
-)
+from helpers.augment import AugmentConfig
+from helpers.checkpoint import describe_run, load_checkpoint, restore_training, save_checkpoint, training_state
 from helpers.complexity import Report, enforce_limits, measure, table
-from helpers.data import DataConfig, load_data, load_responses, load_teacher, place_on_device
-from helpers.logger import RunLogger
-from helpers.loop import LoopState, Precision, StopSignal, predict, train_one_epoch
+from helpers.data import DataConfig, load_augment, load_data, load_teacher, place_on_device
+from helpers.distributed import join_processes
+from helpers.loop import LoopState, Precision, StopSignal, Update, evaluate, predict, train_one_epoch
 from helpers.losses import kd_loss
 from helpers.memory import keep_freed_memory
 from helpers.metrics import score
 from helpers.options import (
     FRONTEND_OPTIONS,
-    add_augmentation_options,
     add_compute_options,
     add_data_options,
     add_distillation_options,
     add_optimisation_options,
+    add_precision_options,
     add_run_options,
 )
-from helpers.report import epoch_line, metric_tables, write_report
-from helpers.runs import Autosave, last_checkpoint, parse_options
+from helpers.report import metric_tables, write_report
+from helpers.runs import Autosave, last_checkpoint, open_run, parse_options
 from helpers.schedule import WarmupRampdown
 from models import FRONTENDS, MODELS
 
@@ -61,18 +53,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--enforce_limits", action="store_true", help="refuse a network over the challenge's limits at int8 (status 2)"
     )
     add_data_options(parser)
-    compute = add_compute_options(parser)
-    compute.add_argument(
-        "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the network in training"
-    )
-    compute.add_argument("--compile", action="store_true", help="torch.compile the network (CUDA graphs on a GPU)")
+    add_precision_options(add_compute_options(parser))
     parser.add_argument_group("network").add_argument(
         "--model", choices=["cp_mobile"], default="cp_mobile", help="student"
     )
     cli.add_config_arguments(parser, "options of cp_mobile", MODELS["cp_mobile"][0])
     parser.set_defaults(n_classes=None)
     cli.add_config_arguments(parser, "front end", FRONTENDS["cp_mel"][0], FRONTEND_OPTIONS)
-    add_augmentation_options(parser)
+    cli.add_config_arguments(parser, "augmentation", AugmentConfig)
     add_distillation_options(parser)
     add_optimisation_options(parser)
     return parser
@@ -94,104 +82,82 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with cli.option_errors(parser):
         schedule = cli.config_from(args, WarmupRampdown)
         data_config = cli.config_from(args, DataConfig)
+        augment_config = cli.config_from(args, AugmentConfig)
         frontend = Frontend(cli.config_from(args, frontend_config, FRONTEND_OPTIONS)).to(device)
         if args.dry_run:
             return dry_run(args, Model(cli.config_from(args, model_config)), frontend)
 
-    data = load_data(data_config, args.resample_rate, args.seed)
-    n_classes = len(data.meta.scenes)
-    if args.n_classes not in (None, n_classes):
-        raise DataError(
-            f"--n_classes {args.n_classes}, but {data.meta.root} has {n_classes} scenes: leave the option away"
-        )
-    args.n_classes = n_classes
-    responses, dir_devices = load_responses(data, data_config, args.dirs_path, args.dir_prob, args.dir_devices)
-    load_teacher(data, args.kd_lambda, args.teacher_logits, demanded=bool({"kd_lambda", "teacher_logits"} & given))
+    processes = join_processes(device)
+    with processes.main_first():
+        data = load_data(data_config, args.resample_rate, args.seed)
+        n_classes = len(data.meta.scenes)
+        if args.n_classes not in (None, n_classes):
+            raise DataError(
+                f"--n_classes {args.n_classes}, but {data.meta.root} has {n_classes} scenes: leave the option away"
+            )
+        args.n_classes = n_classes
+        demanded = bool({"kd_lambda", "teacher_logits"} & given)
+        has_teacher = load_teacher(data, args.kd_lambda, args.teacher_logits, demanded)
+        with cli.option_errors(parser):
+            temperature = args.temperature if has_teacher else None
+            augment = load_augment(augment_config, data, data_config, Frontend.mask_value, temperature).to(device)
+    processes.check_clips(len(data.train), len(data.test), args.batch_size)
     place_on_device(data.train, args.data_on_device, device)
     with cli.option_errors(parser):
         model = Model(cli.config_from(args, model_config))
         if args.enforce_limits:
             enforce_limits(complexity(args, model, frontend))
-        augment = build_augment(
-            responses, data.store.n_samples, args.dir_prob, dir_devices, args.roll, args.freqm, args.timem,
-            Frontend.mask_value, args.mixstyle_p, args.mixstyle_alpha,
-        ).to(device)  # fmt: skip
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-    forward = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None) if args.compile else model
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    compiled = torch.compile(model, mode=mode) if args.compile else model
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    scaler = precision.scaler()
+    update = Update(optimizer, precision.scaler(), precision, args.batch_size, processes, args.accumulate)
     state = LoopState()
+    processes.seed(args.seed)
     if checkpoint is not None:
-        restore_training(path, checkpoint, data.meta.scenes, model, optimizer, scaler, state, device)
+        restore_training(path, checkpoint, data.meta.scenes, model, update, state, device)
+    forward = processes.wrap(compiled, device)
 
     def loss_fn(logits: Tensor, batch: Batch):
         return kd_loss(logits, batch.target, batch.teacher_logits, args.kd_lambda, args.temperature)
 
-    logger = RunLogger(
-        args.project_name, args.resume, vars(args), args.logger, args.experiment_name,
+    logger = open_run(
+        processes, args.project_name, args.resume or args.run_id, vars(args), args.logger, args.experiment_name,
         resume_epoch=None if checkpoint is None else state.epoch,
     )  # fmt: skip
     with logger, StopSignal() as stop:
         log.info("run %s in %s: %d training and %d test clips", logger.id, logger.dir, len(data.train), len(data.test))
-        last = logger.checkpoint_dir / "last.pt"
 
-        def save(path: Path = last) -> None:
-            save_checkpoint(
-                path,
-                {
-                    "model": describe(model, MODELS),
-                    "frontend": describe(frontend, FRONTENDS),
-                    "scenes": list(data.meta.scenes),
-                    "recording_devices": list(data.meta.recording_devices),
-                    "clip_samples": data.store.n_samples,
-                    "options": vars(args),
-                    **training_state(optimizer, scaler, state, device),
-                },
-            )
+        def save(name: str) -> None:
+            training = training_state(update, state, device)
+            if processes.is_main:
+                run = describe_run(model, frontend, data.meta, data.store.n_samples, vars(args))
+                save_checkpoint(logger.checkpoint_dir / name, run | training)
 
         resume = f"python run_training.py --project_name {args.project_name} --resume {logger.id}"
-        autosave = Autosave(save, args.save_minutes, stop, state, optimizer, resume)
+        autosave = Autosave(save, args.save_minutes, stop, state, update, resume)
         if checkpoint is None:
-            save()  # from here on a killed run can be resumed
+            save("last.pt")  # from here on a killed run can be resumed
         metrics: dict[str, float] = {}
         while state.epoch < args.n_epochs:
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * schedule.factor(state.epoch)
-            started, n_before = time.monotonic(), state.n_clips
+            update.set_lr(args.lr * schedule.factor(state.epoch))
             order = epoch_order(len(data.train), args.seed, state.epoch)
-            loader = batches(data.train, order, args.batch_size, device, start=state.step, n_ahead=args.num_workers)
-            losses = train_one_epoch(
-                forward, frontend, augment, loss_fn, loader, optimizer, scaler, precision, state, autosave, len(order)
+            loader = batches(
+                data.train, order, args.batch_size, device, state.step, args.num_workers, processes.rank, processes.size
             )
-            seconds = time.monotonic() - started
-            metrics = {f"train/{name}": value for name, value in losses.items()}
-            metrics |= {"train/lr": optimizer.param_groups[0]["lr"], "train/seconds": seconds}
-            metrics["train/clips_per_second"] = (state.n_clips - n_before) / seconds
+            metrics = train_one_epoch(forward, frontend, augment, loss_fn, loader, update, state, autosave, len(order))
+            if state.epoch + 1 == args.n_epochs or (state.epoch + 1) % args.eval_every == 0:
+                metrics |= evaluate(compiled, frontend, data, args.batch_size, device, args.num_workers, processes)
+            autosave.finish_epoch(metrics, logger)
 
-            is_last = state.epoch + 1 == args.n_epochs
-            if is_last or (state.epoch + 1) % args.eval_every == 0:
-                for name, clips in (("val", data.val), ("test", data.test)):
-                    if clips is not None:
-                        logits = predict(forward, frontend, clips, args.batch_size, device, args.num_workers)
-                        metrics |= {f"{name}/{key}": value for key, value in score(clips, logits, data.groups).items()}
-            log.info(epoch_line(state.epoch, metrics))
-            logger.write(state.epoch, metrics)
-            better = metrics.get("val/acc", float("-inf")) > state.best
-            if better:
-                state.best = metrics["val/acc"]
-            state.finish_epoch()
-            if better:
-                save(logger.checkpoint_dir / "best.pt")
-            save()
-            autosave.saved_at = time.monotonic()
-
-        logits = predict(forward, frontend, data.test, args.batch_size, device, args.num_workers)
+        logits = predict(compiled, frontend, data.test, args.batch_size, device, args.num_workers, processes)
         metrics |= {f"test/{key}": value for key, value in score(data.test, logits, data.groups).items()}
-        print(metric_tables(metrics))
-        note = SYNTHETIC_NOTICE if args.dataset == "synthetic" else ""
-        predictions, targets = logits.argmax(dim=1).numpy(), data.test.scene.cpu().numpy()
-        write_report(logger.dir, predictions, targets, data.meta.scenes, note=note)
-        print(f"\nlast epoch: test accuracy {metrics['test/acc']:.2%}; report and checkpoints are in {logger.dir}")
+        if processes.is_main:
+            print(metric_tables(metrics))
+            note = SYNTHETIC_NOTICE if args.dataset == "synthetic" else ""
+            predictions, targets = logits.argmax(dim=1).numpy(), data.test.scene.cpu().numpy()
+            write_report(logger.dir, predictions, targets, data.meta.scenes, note=note)
+            print(f"\nlast epoch: test accuracy {metrics['test/acc']:.2%}; report and checkpoints are in {logger.dir}")
     return metrics
 
 

@@ -2,14 +2,13 @@
 
 Our own hold `model` and `frontend` as {name, config, state}, the class names, the options of the run and, for resuming,
 the state of optimizer, scaler, random generators and loop. `precision` says what the network is for: fp32 (or left
-out), fp16, or int8: the state then includes the ranges of activations, and `quantization` holds its config. The
-published Lightning checkpoints (CP-Mobile) are read too: their network is recognised from the shapes of its weights,
-since they hold no hyper-parameters.
+out), fp16, or int8: the state then includes the ranges of activations, and `quantization` holds its config. Checkpoints
+of others are read too, see helpers/published.py.
 """
 
+import logging
 import os
 import pickle
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,12 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from datasets.tau import SCENES
-from helpers.loop import LoopState
+from datasets.tau import SCENES, Meta
+from helpers.loop import LoopState, Update
+from helpers.published import ForeignError, recognise
 from helpers.quantization import prepare
 from models import FRONTENDS, MODELS, get_frontend, get_model
-from models.cp_mobile import make_divisible
+from models.beats import differences
 from models.quantized import QuantConfig
+from models.teachers import FRONTEND_OF
+
+log = logging.getLogger(__name__)
 
 FORMAT = "low-complexity ASC checkpoint 1"
 
@@ -76,24 +79,43 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
     Raises:
         CheckpointError: when it is missing, damaged, or not ours.
     """
-    content = _load(Path(path))
+    content = load_file(Path(path))
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of this project (no {FORMAT!r} in it)")
     return content
 
 
-def training_state(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loop: LoopState, device: torch.device
+def describe_run(
+    model: nn.Module, frontend: nn.Module, meta: Meta, n_samples: int, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything beside the network that an exact continuation needs."""
+    """What a checkpoint of every script holds beside the state of training.
+
+    Args:
+        n_samples: length of a clip.
+        options: the resolved ones of the script.
+    """
     return {
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "loop": {**vars(loop), "names": list(loop.names)},
-        "rng": {
-            "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        },
+        "model": describe(model, MODELS),
+        "frontend": describe(frontend, FRONTENDS),
+        "scenes": list(meta.scenes),
+        "recording_devices": list(meta.recording_devices),
+        "clip_samples": n_samples,
+        "options": dict(options),
+    }
+
+
+def training_state(update: Update, loop: LoopState, device: torch.device) -> dict[str, Any]:
+    """Everything beside the network that an exact continuation needs; all processes must call it together."""
+    rng = {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+    sums = None if loop.sums is None else update.processes.sum(loop.sums)
+    return {
+        "optimizer": update.optimizer.state_dict(),
+        "scaler": update.scaler.state_dict(),
+        "loop": {**vars(loop), "names": list(loop.names), "sums": sums},
+        "rng": update.processes.gather(rng),  # by process
     }
 
 
@@ -102,8 +124,7 @@ def restore_training(
     content: Mapping[str, Any],
     scenes: Sequence[str],
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    update: Update,
     loop: LoopState,
     device: torch.device,
 ) -> None:
@@ -116,39 +137,60 @@ def restore_training(
         raise CheckpointError(
             f"{path} knows the scenes {', '.join(content['scenes'])}; the data set has {', '.join(scenes)}"
         )
+    processes = update.processes
     try:
         model.load_state_dict(content["model"]["state"])
-        optimizer.load_state_dict(content["optimizer"])
-        scaler.load_state_dict(content["scaler"])
+        update.optimizer.load_state_dict(content["optimizer"])
+        update.scaler.load_state_dict(content["scaler"])
         for name, value in content["loop"].items():
             setattr(loop, name, value.to(device) if isinstance(value, torch.Tensor) else value)
-        torch.set_rng_state(content["rng"]["cpu"])
-        if device.type == "cuda" and content["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(content["rng"]["cuda"], device)
+        if loop.sums is not None and not processes.is_main:
+            loop.sums = torch.zeros_like(loop.sums)  # the sums of all are with process 0 now
+        states = content["rng"]
+        if len(states) != processes.size:
+            log.warning(
+                "%s was written by %d processes, now there are %d: augmentation draws other numbers from here on",
+                path, len(states), processes.size,
+            )  # fmt: skip
+        if processes.rank < len(states):
+            rng = states[processes.rank]
+            torch.set_rng_state(rng["cpu"])
+            if device.type == "cuda" and rng["cuda"] is not None:
+                torch.cuda.set_rng_state(rng["cuda"], device)
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} does not fit this run: {error}") from error
 
 
-def load_model(path: Path | str) -> LoadedModel:
-    """Builds network and front end from a checkpoint of ours or a published one of CP-Mobile; weights load strictly.
+def load_model(path: Path | str, network: tuple[str, Mapping[str, Any]] | None = None) -> LoadedModel:
+    """Builds network and front end from a checkpoint of ours or a published one; weights load strictly.
+
+    Args:
+        network: architecture and options of a teacher that the file, a bare state dict, must hold; None: what is in it
+            is recognised.
 
     Raises:
         CheckpointError: when the file is missing, damaged or foreign, or its weights do not fit the network it names.
     """
     path = Path(path)
-    content = _load(path)
-    if content.get("format") == FORMAT:
-        parts, scenes = content, tuple(content["scenes"])
-    elif isinstance(content.get("state_dict"), Mapping):
-        state = {name.removeprefix("model."): value for name, value in content["state_dict"].items()}
-        model = {"name": "cp_mobile", "config": _cp_mobile_config(path, state), "state": state}
-        parts = {"model": model, "frontend": {"name": "cp_mel", "config": {}, "state": {}}}
-        scenes = SCENES if model["config"]["n_classes"] == len(SCENES) else ()
+    content = load_file(path)
+    if network is not None:
+        (name, options), (frontend, frontend_options) = network, FRONTEND_OF[network[0]]
+        parts = {
+            "model": {"name": name, "config": options, "state": content},
+            "frontend": {"name": frontend, "config": frontend_options, "state": {}},
+        }
+    elif content.get("format") == FORMAT:
+        parts = content
     else:
-        raise CheckpointError(f"{path} is neither a checkpoint of this project nor a published CP-Mobile one")
+        try:
+            parts = recognise(path, content)
+        except ForeignError as error:
+            raise CheckpointError(str(error)) from error
     precision = parts.get("precision", "fp32")
+    model = build_part(parts["model"], MODELS, path, precision, parts.get("quantization")).eval()
+    scenes = tuple(parts["scenes"]) if parts is content else SCENES if model.config.n_classes == len(SCENES) else ()
     return LoadedModel(
-        model=build_part(parts["model"], MODELS, path, precision, parts.get("quantization")).eval(),
+        model=model,
         frontend=build_part(parts["frontend"], FRONTENDS, path).eval(),
         precision=precision,
         scenes=scenes,
@@ -174,13 +216,20 @@ def build_part(
             built = prepare(built, QuantConfig(**quantization))
         elif precision == "fp16":
             built = built.half()
+        if what := differences(part["state"], built.state_dict()):
+            raise ValueError(what)
         built.load_state_dict(part["state"])
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit the network it describes: {error}") from error
     return built
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_file(path: Path) -> dict[str, Any]:
+    """What is in a checkpoint of anybody, on the CPU; no code of the file is run.
+
+    Raises:
+        CheckpointError: when it is missing, damaged, or no dict.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: no such checkpoint")
     try:
@@ -198,38 +247,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def _cp_mobile_config(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Reads CP-Mobile's options off the shapes of its weights. Strides leave no trace: the defaults are assumed."""
-    try:
-        stem = state["in_c.0.0.weight"]
-        base = state["in_c.1.0.weight"].shape[0]
-        n_classes = state["feed_forward.0.weight"].shape[0]
-        blocks = [
-            m.groups() for name in state if (m := re.fullmatch(r"stages\.s(\d+)\.b(\d+)\.block\.2\.0\.weight", name))
-        ]
-        n_blocks = [sum(int(s) == i for s, _ in blocks) for i in range(1, 1 + max(int(s) for s, _ in blocks))]
-        expansions = [tuple(state[f"stages.s{s}.b{b}.block.0.0.weight"].shape[1::-1]) for s, b in blocks]
-        last = {int(s): state[f"stages.s{s}.b{b}.block.2.0.weight"].shape[0] for s, b in blocks}
-    except (KeyError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} holds no CP-Mobile network: {error} is not in it") from error
-
-    # Widths are rounded to multiples of 8, so many values give the same network; the nearest to the default is taken.
-    def solve(fits, default: float) -> float:
-        candidates = sorted((round(0.05 * i, 2) for i in range(1, 200)), key=lambda value: abs(value - default))
-        value = next((value for value in candidates if fits(value)), None)
-        if value is None:
-            raise CheckpointError(f"{path}: the widths of its blocks are not those of a CP-Mobile network")
-        return value
-
-    return {
-        "n_classes": n_classes,
-        "in_channels": stem.shape[1],
-        "base_channels": base if base // 4 == stem.shape[0] else 4 * stem.shape[0],
-        "channels_multiplier": solve(
-            lambda m: all(make_divisible(base * m ** (stage - 1)) == width for stage, width in last.items()), 2.3
-        ),
-        "expansion_rate": solve(lambda r: all(make_divisible(c * r) == width for c, width in expansions), 3.0),
-        "n_blocks": n_blocks,
-    }

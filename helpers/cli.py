@@ -2,7 +2,9 @@
 
 import argparse
 import logging
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -13,6 +15,7 @@ import torch
 from datasets.tau import DataError
 from helpers.checkpoint import CheckpointError
 from helpers.complexity import LimitError
+from helpers.distributed import local_rank
 from helpers.errors import ExportError
 from helpers.loop import NonFiniteLossError, StoppedError
 from helpers.quantization import QuantizationError
@@ -38,7 +41,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE_ERROR, f"error: {message} (--help lists all options)\n")
+        _say(f"error: {message} (--help lists all options)")
+        self.exit(USAGE_ERROR)
 
 
 def add_config_arguments(
@@ -88,6 +92,8 @@ def option_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
     """Turns a value that a part refuses at construction into the parser's own error: one line, exit status 2."""
     try:
         yield
+    except USER_ERRORS:
+        raise  # about a file, not an option
     except ValueError as error:
         parser.error(str(error))
 
@@ -109,9 +115,14 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
 
 
 def torch_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
-    """The device called `name`; auto is a CUDA GPU where there is one, else the CPU."""
+    """The device called `name`; auto is a CUDA GPU where there is one, else the CPU.
+
+    Of the processes that torchrun starts on a machine, each takes the GPU of its number for auto and cuda.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank() is not None:
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -123,23 +134,39 @@ def torch_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
 
 def run(main: Callable[[list[str] | None], Any]) -> None:
     """Runs a script's main. What the user can mend ends in one line and exit status 2, not in a traceback."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING if _is_other() else logging.INFO, format="%(message)s")
     try:
         result = main(None)
         sys.exit(result if isinstance(result, int) else 0)
     except StoppedError as stopped:
-        print(stopped, file=sys.stderr)
+        _say(str(stopped))
         sys.exit(stopped.exit_status)
     except USER_ERRORS as error:
         logging.getLogger(__name__).debug("", exc_info=True)
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        _say(f"error: {_one_line(error)}")
         sys.exit(USAGE_ERROR)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _say("interrupted")
         sys.exit(130)
 
 
 _UNSET = object()
+
+
+def _is_other() -> bool:
+    """Whether this is one of several processes, and not the one that speaks."""
+    return int(os.environ.get("RANK", "0")) > 0
+
+
+def _say(line: str) -> None:
+    """Tells the user why the script ends.
+
+    What ends one of several processes mostly ends all, with the same line: the others wait for process 0 to say it and
+    for torchrun to end them, and speak only when that does not happen.
+    """
+    if _is_other():
+        time.sleep(3)
+    print(line, file=sys.stderr, flush=True)
 
 
 def _one_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from datasets.cache import WaveformStore, open_store
 from datasets.impulse_responses import read_impulse_responses
@@ -26,6 +27,7 @@ from datasets.tau import (
 )
 from datasets.teacher_logits import read_teacher_logits
 from datasets.waveforms import Clips
+from helpers.augment import AugmentConfig, build_augment
 from helpers.resources import RESOURCES, micirp_folder, subset_file, teacher_logits_file
 
 log = logging.getLogger(__name__)
@@ -107,36 +109,47 @@ def load_data(config: DataConfig, sample_rate: int, seed: int) -> Data:
     )
 
 
+def load_augment(
+    config: AugmentConfig, data: Data, data_config: DataConfig, mask_value: float, temperature: float | None = None
+) -> nn.ModuleDict:
+    """The chain of augmentations with the impulse responses that it needs; arguments as those of `build_augment`.
+
+    Raises:
+        DataError: for an unknown device or missing responses; DownloadError when MicIRP's cannot be fetched.
+    """
+    responses, dir_devices = load_responses(config, data, data_config)
+    return build_augment(config, responses, dir_devices, data.store.n_samples, mask_value, temperature)
+
+
 def load_responses(
-    data: Data, config: DataConfig, dirs_path: str | None, dir_prob: float, dir_devices: str
+    config: AugmentConfig, data: Data, data_config: DataConfig
 ) -> tuple[list[np.ndarray], list[int] | None]:
     """Impulse responses at the rate of the data, and positions of the recording devices they are meant for.
 
-    Args:
-        dirs_path: folder of wav files; None: those of the embedded data set, else MicIRP's, fetched when missing.
-        dir_prob: 0 reads nothing.
-        dir_devices: names joined by commas, `all`, or `auto`: a as published, else the most frequent in training.
+    Without a folder they are those of the embedded data set, else MicIRP's, fetched when missing. `dir_devices` is
+    names joined by commas, `all`, or `auto`: a as published, else the most frequent in training. `dir_prob` 0 reads
+    nothing.
 
     Raises:
         DataError: for an unknown device or missing responses; DownloadError when MicIRP's cannot be fetched.
     """
     meta = data.meta
-    if dir_prob == 0:
+    if config.dir_prob == 0:
         return [], None
-    if dirs_path is not None:
-        folder = Path(dirs_path)
-    elif config.dataset == "synthetic":
+    if config.dirs_path is not None:
+        folder = Path(config.dirs_path)
+    elif data_config.dataset == "synthetic":
         folder = meta.root / "dirs"
     else:
         folder = micirp_folder()
     responses = read_impulse_responses(folder, data.store.sample_rate)
-    if dir_devices == "all":
+    if config.dir_devices == "all":
         return responses, None
-    if dir_devices == "auto":
+    if config.dir_devices == "auto":
         most_frequent = Counter(data.train.recording_device.tolist()).most_common(1)[0][0]
         names = ["a"] if "a" in meta.recording_devices else [meta.recording_devices[most_frequent]]
     else:
-        names = [name.strip() for name in dir_devices.split(",")]
+        names = [name.strip() for name in config.dir_devices.split(",")]
     unknown = [name for name in names if name not in meta.recording_devices]
     if unknown:
         raise DataError(

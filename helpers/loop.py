@@ -2,17 +2,22 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from datasets.waveforms import Batch, Clips, batches
+from helpers.data import Data
+from helpers.distributed import ALONE, Processes
+from helpers.metrics import score
 
 READ_SECONDS = 0.5  # how often a loss is read from the device for the progress bar and the check for NaN
+ONE_REQUEST_SECONDS = 2.0  # torchrun and make pass on a signal that the terminal has sent to every process already
 
 
 class NonFiniteLossError(RuntimeError):
@@ -33,8 +38,8 @@ class LoopState:
 
     epoch: int = 0  # epochs finished
     step: int = 0  # batches done in the current epoch
-    n_clips: int = 0  # clips done in the current epoch
-    sums: Tensor | None = None  # (loss term,) float64 on the device: losses of the current epoch, summed over clips
+    n_clips: int = 0  # clips done in the current epoch, by all processes
+    sums: Tensor | None = None  # (loss term,) float64 on the device: losses of the epoch's own clips, summed
     names: tuple[str, ...] = ()  # of the loss terms
     best: float = float("-inf")  # best score on the held-out part so far
 
@@ -59,15 +64,17 @@ class StopSignal(AbstractContextManager):
 
     def __init__(self):
         self.number: int | None = None
+        self._at = 0.0
 
     def __enter__(self) -> "StopSignal":
         self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _request(self, number: int, _frame) -> None:
-        if self.number is not None:
+        if self.number is not None and time.monotonic() - self._at > ONE_REQUEST_SECONDS:
             raise KeyboardInterrupt
-        self.number = number
+        if self.number is None:
+            self.number, self._at = number, time.monotonic()
 
     def __exit__(self, *_exception) -> None:
         for number, handler in self._previous.items():
@@ -89,84 +96,179 @@ class Precision:
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
 
+@dataclass(frozen=True)
+class Update:
+    """How a batch becomes a step of the optimizer.
+
+    Args:
+        batch_size: clips of a step, over all processes.
+        n_parts: pieces that a process computes its share of the batch in, adding up their gradients; less memory, the
+            same step but for batch norm's statistics. 1 is off.
+    """
+
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    precision: Precision
+    batch_size: int
+    processes: Processes = ALONE
+    n_parts: int = 1
+
+    @property
+    def lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def step(
+        self, model: nn.Module, loss_fn: Callable[[Tensor, Batch], tuple[Tensor, ...]], batch: Batch, weight: float
+    ) -> tuple[tuple[str, ...], Tensor]:
+        """One step; returns the names of the loss terms and their means over the batch (loss term,) float64.
+
+        Args:
+            weight: of this process's gradient in the mean over all processes.
+        """
+        n_clips, sums, names = len(batch.waveform), 0.0, ()
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = list(_split(batch, self.n_parts))
+        for i, part in enumerate(parts):
+            share = len(part.waveform) / n_clips
+            waits = isinstance(model, DistributedDataParallel) and i + 1 < len(parts)
+            with model.no_sync() if waits else nullcontext():
+                with self.precision.autocast():
+                    logits = model(part.log_mel)  # (batch, class)
+                terms = loss_fn(logits.float(), part)
+                self.scaler.scale(terms[0] * (share * weight)).backward()
+            names, sums = terms._fields, sums + torch.stack([term.detach().double() for term in terms]) * share
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return names, sums
+
+
+def _split(batch: Batch, n_parts: int) -> Iterator[Batch]:
+    if n_parts == 1:
+        yield batch
+        return
+    pieces = {f.name: value.chunk(n_parts) for f in fields(batch) if (value := getattr(batch, f.name)) is not None}
+    for i in range(len(pieces["waveform"])):
+        yield replace(batch, **{name: values[i] for name, values in pieces.items()})
+
+
 def train_one_epoch(
     model: nn.Module,
     frontend: nn.Module,
     augment: nn.ModuleDict,
     loss_fn: Callable[[Tensor, Batch], tuple[Tensor, ...]],
     loader: Iterable[Batch],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    precision: Precision,
+    update: Update,
     state: LoopState,
     after_step: Callable[[], None],
     n_total: int,
 ) -> dict[str, float]:
-    """Trains on the batches that the epoch has left and returns the epoch's mean losses.
+    """Trains on the batches that the epoch has left and returns the epoch's metrics, `train/...`.
+
+    They are the mean losses over all clips of the epoch, the learning rate, the seconds and the clips per second.
 
     Args:
         loss_fn: maps logits (batch, class) and the batch to a named tuple of scalars; the first is minimised.
-        loader: batches on the device.
+        loader: this process's shares of the batches, on the device.
         state: advanced with every step.
         after_step: called when `state` stands at a step's end; may raise to leave.
-        n_total: clips of a whole epoch, for the progress bar.
+        n_total: clips of a whole epoch, over all processes.
 
     Raises:
         NonFiniteLossError: with epoch and learning rate.
     """
     for part in (model, frontend, augment):
         part.train()
-    lr = optimizer.param_groups[0]["lr"]
-    next_read = time.monotonic() + READ_SECONDS
+    processes = update.processes
+    started, n_before = time.monotonic(), state.n_clips
+    next_read = started + READ_SECONDS
     with tqdm(
-        total=n_total, initial=state.n_clips, desc=f"epoch {state.epoch}", unit="clip", leave=False, disable=None
-    ) as bar:
+        total=n_total, initial=state.n_clips, desc=f"epoch {state.epoch}", unit="clip", leave=False,
+        disable=None if processes.is_main else True,
+    ) as bar:  # fmt: skip
         for batch in loader:
             with torch.no_grad():
                 batch = augment["waveform"](batch)
                 batch = replace(batch, log_mel=frontend(batch.waveform))  # (batch, 1, mel, time)
                 batch = augment["log_mel"](batch)
-            with precision.autocast():
-                logits = model(batch.log_mel)  # (batch, class)
-            terms = loss_fn(logits.float(), batch)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(terms[0]).backward()
-            scaler.step(optimizer)
-            scaler.update()
-
-            n_clips = len(batch.waveform)
-            state.names = terms._fields
-            weighted = torch.stack([term.detach().double() for term in terms]) * n_clips
-            state.sums = weighted if state.sums is None else state.sums + weighted
+            n_clips = min(update.batch_size, n_total - state.n_clips)  # of all processes
+            # 0 where the last batch has fewer clips than there are processes and this one stands in with another's.
+            n_own = processes.count(n_clips)
+            state.names, means = update.step(model, loss_fn, batch, n_own * processes.size / n_clips)
+            state.sums = means * n_own if state.sums is None else state.sums + means * n_own
             state.step += 1
             state.n_clips += n_clips
             bar.update(n_clips)
             if time.monotonic() > next_read:
-                state.check_finite(lr)
-                bar.set_postfix_str(f"loss {state.sums[0].item() / state.n_clips:.4f}, lr {lr:.2e}", refresh=False)
+                state.check_finite(update.lr)
+                mean = state.sums[0].item() * processes.size / state.n_clips
+                bar.set_postfix_str(f"loss {mean:.4f}, lr {update.lr:.2e}", refresh=False)
                 next_read = time.monotonic() + READ_SECONDS
-            del batch, logits, terms, weighted  # else they would lie beside those of the next step: 0.2 GB at batch 256
+            del batch, means  # else they would lie beside those of the next step: 0.2 GB at batch 256
             after_step()
-    state.check_finite(lr)
-    return {name: value / state.n_clips for name, value in zip(state.names, state.sums.tolist(), strict=True)}
+    state.check_finite(update.lr)
+    processes.share_buffers(model)
+    seconds = time.monotonic() - started
+    sums = processes.sum(state.sums).tolist()
+    metrics = {f"train/{name}": value / state.n_clips for name, value in zip(state.names, sums, strict=True)}
+    metrics |= {"train/lr": update.lr, "train/seconds": seconds}
+    return metrics | {"train/clips_per_second": (state.n_clips - n_before) / seconds}
 
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, frontend: nn.Module, clips: Clips, batch_size: int, device: torch.device, n_ahead: int = 1
+    model: nn.Module,
+    frontend: nn.Module,
+    clips: Clips,
+    batch_size: int,
+    device: torch.device,
+    n_ahead: int = 1,
+    processes: Processes = ALONE,
 ) -> Tensor:
-    """Logits (clip, class) of all clips in their order, float32 on the CPU; nothing random, nothing is learned."""
+    """Logits (clip, class) of all clips in their order, float32 on the CPU; nothing random, nothing is learned.
+
+    Several processes share the clips, each clip with one of them, and all receive the logits of all.
+    """
     model.eval()
     frontend.eval()
+    own = processes.share(torch.arange(len(clips)))
     logits = [
         model(frontend(batch.waveform)).float()
         for batch in tqdm(
-            batches(clips, torch.arange(len(clips)), batch_size, device, n_ahead=n_ahead),
-            total=-(-len(clips) // batch_size),
+            batches(clips, own, batch_size, device, n_ahead=n_ahead),
+            total=-(-len(own) // batch_size),
             desc="scoring",
             unit="batch",
             leave=False,
-            disable=None,
+            disable=None if processes.is_main else True,
         )
     ]
-    return torch.cat(logits).cpu()
+    logits = torch.cat(logits).cpu()
+    if processes.size == 1:
+        return logits
+    whole = logits.new_empty(len(clips), logits.shape[1])
+    for rank, part in enumerate(processes.gather(logits)):
+        whole[rank :: processes.size] = part
+    return whole
+
+
+def evaluate(
+    model: nn.Module,
+    frontend: nn.Module,
+    data: Data,
+    batch_size: int,
+    device: torch.device,
+    n_ahead: int = 1,
+    processes: Processes = ALONE,
+    prefix: str = "",
+) -> dict[str, float]:
+    """Metrics of the held-out part, where there is one, and of the test part: `<prefix>val/...`, `<prefix>test/...`."""
+    metrics = {}
+    for part, clips in (("val", data.val), ("test", data.test)):
+        if clips is not None:
+            logits = predict(model, frontend, clips, batch_size, device, n_ahead, processes)
+            metrics |= {f"{prefix}{part}/{key}": value for key, value in score(clips, logits, data.groups).items()}
+    return metrics

@@ -18,7 +18,7 @@ FRONTEND_OPTIONS = {
 # What a resumed run may be given anew: it decides where the run goes on or how far, not what it computes.
 FREE_ON_RESUME = {
     "resume", "n_epochs", "num_workers", "cache_path", "dataset_dir", "dirs_path", "teacher_logits", "data_on_device",
-    "save_minutes", "logger", "project_name", "enforce_limits",
+    "save_minutes", "logger", "project_name", "run_id", "enforce_limits",
 }  # fmt: skip
 
 
@@ -29,6 +29,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     run.add_argument("--experiment_name", default="CPJKU_cp-mobile_student_training", help="name shown by the logger")
     run.add_argument("--logger", nargs="+", choices=[*LOGGERS], default=["wandb"], help="one or more")
+    run.add_argument("--run_id", metavar="ID", help="name of the new run's folder (default: eight random characters)")
     run.add_argument("--resume", metavar="ID", help="continue this run exactly, with its options")
     run.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
     run.add_argument(
@@ -60,35 +61,13 @@ def add_compute_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     return compute
 
 
-def add_augmentation_options(parser: argparse.ArgumentParser) -> None:
-    augment = parser.add_argument_group("augmentation")
-    augment.add_argument(
-        "--roll", type=cli.number(int, 0), default=4000, help="largest circular shift of a clip, in samples; 0 is off"
+def add_precision_options(compute: argparse._ArgumentGroup) -> None:
+    compute.add_argument(
+        "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the network in training"
     )
-    augment.add_argument(
-        "--dir_prob",
-        type=cli.number(float, 0, 1),
-        default=0.6,
-        help="share of clips given a device impulse response; 0 is off",
-    )
-    augment.add_argument("--dirs_path", help="folder of impulse responses (default: MicIRP's, fetched once)")
-    augment.add_argument("--dir_devices", default="auto",
-                         help="recording devices to convolve: names joined by commas, all, or auto (a)")  # fmt: skip
-    augment.add_argument(
-        "--mixstyle_p", type=cli.number(float, 0, 1), default=0.4, help="share of batches with Freq-MixStyle; 0 is off"
-    )
-    augment.add_argument(
-        "--mixstyle_alpha",
-        type=cli.number(float, 0, above=True),
-        default=0.3,
-        help="parameter of its Beta distribution",
-    )
-    augment.add_argument(
-        "--freqm", type=cli.number(int, 0), default=48, help="widest frequency mask plus one, in mel bins; 0 is off"
-    )
-    augment.add_argument(
-        "--timem", type=cli.number(int, 0), default=0, help="widest time mask plus one, in frames; 0 is off"
-    )
+    compute.add_argument("--compile", action="store_true", help="torch.compile the network (CUDA graphs on a GPU)")
+    compute.add_argument("--accumulate", type=cli.number(int, 1), default=1,
+                         help="pieces that a batch is computed in, to save memory; a step stays the same")  # fmt: skip
 
 
 def add_distillation_options(parser: argparse.ArgumentParser) -> None:
@@ -107,10 +86,11 @@ def add_distillation_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_optimisation_options(parser: argparse.ArgumentParser) -> None:
+def add_optimisation_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--n_epochs", type=cli.number(int, 1), default=150)
     optim.add_argument("--batch_size", type=cli.number(int, 1), default=256)
     optim.add_argument("--lr", type=cli.number(float, 0, above=True), default=0.0009, help="peak learning rate of Adam")
     optim.add_argument("--weight_decay", type=cli.number(float, 0), default=0.0001, help="added to the gradient")
     cli.add_config_arguments(parser, "schedule (epochs)", WarmupRampdown)
+    return optim

@@ -7,6 +7,8 @@ from datasets.impulse_responses import MICIRP_URL
 from datasets.tau import SUBSET_URL
 from datasets.teacher_logits import TEACHER_LOGITS_URL
 from helpers.download import fetch, fetch_recorded
+from models.passt import ARCHITECTURES, RELEASES
+from models.teachers import RELEASE, TEACHERS
 
 PUBLISHED_RUN = "c0a7nzin"
 PUBLISHED_URL = (
@@ -35,6 +37,29 @@ def micirp_folder(folder: Path = RESOURCES / "dirs", url: str = MICIRP_URL) -> P
 def teacher_logits_file(folder: Path = RESOURCES, url: str = TEACHER_LOGITS_URL) -> Path:
     """The published ensemble's logits for TAU22; size and checksum are recorded at the first download."""
     return fetch_recorded(url, folder / "ensemble_logits.pt", folder / "checksums.json")
+
+
+def teacher_file(name: str, folder: Path = RESOURCES, url: str = RELEASE) -> Path:
+    """The weights of a published teacher; size and checksum are recorded at the first download.
+
+    Args:
+        name: key of models.teachers.TEACHERS.
+        url: of the folder that the file is in.
+    """
+    file = TEACHERS[name].file
+    return fetch_recorded(f"{url}/{file}", folder / file, folder / "checksums.json")
+
+
+def passt_file(arch: str, folder: Path = RESOURCES, url: str = RELEASES) -> Path:
+    """PaSST's weights from AudioSet; size and checksum are recorded at the first download.
+
+    Raises:
+        ValueError: for an architecture without such weights.
+    """
+    weights = ARCHITECTURES[arch].weights
+    if weights is None:
+        raise ValueError(f"{arch} has no weights from AudioSet: name a file with --pretrained, or none")
+    return fetch_recorded(f"{url}/{weights}", folder / Path(weights).name, folder / "checksums.json")
 
 
 def subset_file(subset: int, folder: Path = RESOURCES / "split_setup", url: str = SUBSET_URL) -> Path:

@@ -2,19 +2,25 @@
 
 import argparse
 import json
+import logging
+import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-
-import torch
 
 from helpers import cli
 from helpers.checkpoint import CheckpointError
-from helpers.loop import LoopState, StoppedError, StopSignal
+from helpers.distributed import Processes
+from helpers.logger import RunLogger
+from helpers.loop import LoopState, StoppedError, StopSignal, Update
 from helpers.options import FREE_ON_RESUME
+from helpers.report import epoch_line
 from helpers.resources import PUBLISHED_RUN, published_checkpoint
+
+log = logging.getLogger(__name__)
 
 
 def known_runs(project: str) -> str:
@@ -26,10 +32,16 @@ def known_runs(project: str) -> str:
 def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     """Parsed options and the names of those given explicitly; a resumed run takes its other options from its folder.
 
+    Processes that torchrun starts again after a failure resume the run that they had begun.
+
     Raises:
         CheckpointError: for an unknown or damaged run.
     """
     args, given = parser.parse_args(argv), cli.given_options(parser, argv)
+    if not args.resume and (begun := _begun(args.project_name)) is not None:
+        argv, given = [*argv, "--resume", begun], given | {"resume"}
+        args = parser.parse_args(argv)
+        log.info("run %s goes on after a failure", begun)
     if args.resume:
         path = Path(args.project_name) / args.resume / "options.json"
         if not path.is_file():
@@ -48,6 +60,51 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[arg
         given |= {name for name in ("kd_lambda", "teacher_logits") if name in saved.get("given", ())}
     args.given = sorted(given)
     return args, given
+
+
+def _note(project: str) -> Path | None:
+    """Where the processes of one torchrun command note the run that they began; None without torchrun."""
+    command = os.environ.get("TORCHELASTIC_RUN_ID")
+    if command is None:
+        return None
+    if command == "none":  # the id of every command without --standalone or --rdzv_id; they differ in their ports
+        command = f"port{os.environ['MASTER_PORT']}"
+    return Path(project) / f".torchrun-{command}"
+
+
+def _begun(project: str) -> str | None:
+    """The run that the same torchrun command began before one of its processes failed, once it has a checkpoint."""
+    note = _note(project)
+    if note is None or not note.is_file():
+        return None
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        if os.environ["RANK"] == "0":
+            note.unlink()  # of another command that is over
+        return None
+    run = note.read_text(encoding="utf-8")
+    return run if (Path(project) / run / "checkpoints" / "last.pt").is_file() else None
+
+
+class OtherProcess(AbstractContextManager):
+    """What the processes that neither log nor save have in the place of a RunLogger."""
+
+    id, dir, checkpoint_dir = "", Path(), Path()
+
+    def write(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def __exit__(self, *_exception) -> None:
+        pass
+
+
+def open_run(processes: Processes, project: str, run_id: str | None, *arguments, **options) -> RunLogger | OtherProcess:
+    """The logger of process 0, with the arguments of `RunLogger`; the other processes have one that does nothing."""
+    if not processes.is_main:
+        return OtherProcess()
+    logger = RunLogger(project, run_id, *arguments, **options)
+    if (note := _note(project)) is not None:
+        note.write_text(logger.id, encoding="utf-8")
+    return logger
 
 
 def last_checkpoint(project: str, run: str) -> Path:
@@ -97,28 +154,51 @@ def source_checkpoint(project: str, run: str | None, checkpoint: str | None) -> 
 class Autosave:
     """Called after every step: saves when it is time, or when the run is asked to stop, and then leaves.
 
+    Args:
+        save: writes the checkpoint of that name; all processes call it together.
+        minutes: between checkpoints within an epoch.
+        resume_command: what the user types to go on.
+
     Raises (when called):
         StoppedError: after saving, with the command that goes on.
         NonFiniteLossError: instead of saving a network that is lost.
     """
 
     def __init__(
-        self, save: Callable[[], None], minutes: float, stop: StopSignal, state: LoopState,
-        optimizer: torch.optim.Optimizer, resume_command: str,
+        self, save: Callable[[str], None], minutes: float, stop: StopSignal, state: LoopState, update: Update,
+        resume_command: str,
     ):  # fmt: skip
         self.save, self.seconds, self.stop, self.state = save, 60 * minutes, stop, state
-        self.optimizer, self.resume_command = optimizer, resume_command
+        self.update, self.resume_command = update, resume_command
         self.saved_at = time.monotonic()
 
     def __call__(self) -> None:
-        if self.stop.number is None and time.monotonic() - self.saved_at < self.seconds:
+        is_due = time.monotonic() - self.saved_at >= self.seconds
+        # Signals reach the processes at different steps and their clocks differ: they act on what any of them wants.
+        wish = self.update.processes.largest(self.stop.number or int(is_due))
+        if wish == 0:
             return
-        self.state.check_finite(self.optimizer.param_groups[0]["lr"])
-        self.save()
-        self.saved_at = time.monotonic()
-        if self.stop.number is not None:
+        self.state.check_finite(self.update.lr)
+        self._save("last.pt")
+        if wish > 1:  # the number of a signal
             raise StoppedError(
-                f"stopped by {signal.Signals(self.stop.number).name} in epoch {self.state.epoch} after "
+                f"stopped by {signal.Signals(wish).name} in epoch {self.state.epoch} after "
                 f"{self.state.step} steps, all saved; resume with: {self.resume_command}",
-                exit_status=128 + self.stop.number,
+                exit_status=128 + wish,
             )
+
+    def finish_epoch(self, metrics: Mapping[str, float], logger: RunLogger | OtherProcess) -> None:
+        """Logs and counts an epoch, and saves; best.pt too when the held-out part was never scored better."""
+        log.info(epoch_line(self.state.epoch, metrics))
+        logger.write(self.state.epoch, metrics)
+        better = metrics.get("val/acc", float("-inf")) > self.state.best
+        if better:
+            self.state.best = metrics["val/acc"]
+        self.state.finish_epoch()
+        if better:
+            self._save("best.pt")
+        self._save("last.pt")
+
+    def _save(self, name: str) -> None:
+        self.save(name)
+        self.saved_at = time.monotonic()

@@ -287,6 +287,28 @@ class Passt(nn.Module):
         cls, dist = self.cls_token + self.new_pos_embed[:, :1], self.dist_token + self.new_pos_embed[:, 1:]
         return torch.cat([cls.expand(len(x), -1, -1), dist.expand(len(x), -1, -1), x + position], dim=1)
 
+    def freeze_encoder(self, n_layers: int | None = None) -> None:
+        """Keeps the embedding of the patches and the first `n_layers` blocks as they are; the rest goes on learning.
+
+        Nothing in them behaves otherwise in training, so they only require no gradient. Patchout goes on. Call it
+        before an optimizer or DistributedDataParallel is built.
+
+        Args:
+            n_layers: None for the whole encoder, its last norm included: only the head learns.
+
+        Raises:
+            ValueError: when there are not that many blocks.
+        """
+        n_all = len(self.blocks)
+        if n_layers is not None and not 0 <= n_layers <= n_all:
+            raise ValueError(f"n_layers to freeze must be in 0 .. {n_all}, or None for all, got {n_layers}")
+        self.requires_grad_(True)
+        self.head_dist.requires_grad_(False)
+        for name, parameter in self.named_parameters(recurse=False):
+            parameter.requires_grad_(not name.endswith(("_token", "_embed")))
+        for part in (self.patch_embed, *self.blocks[:n_layers], *([self.norm] if n_layers is None else [])):
+            part.requires_grad_(False)
+
     def load_pretrained(self, state: Mapping[str, Tensor]) -> tuple[str, ...]:
         """Loads published weights, such as AudioSet's with 527 classes; nothing is loaded when they do not fit.
 

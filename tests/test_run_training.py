@@ -273,7 +273,7 @@ def outcome(arguments: list[str], monkeypatch, capsys) -> tuple[int, str]:
     [
         (["--lr", "0"], "--lr: must be > 0"),
         (["--n_epochs", "1.5"], "--n_epochs: '1.5' is no whole number"),
-        (["--dir_prob", "60"], "--dir_prob: must be >= 0 and <= 1"),
+        (["--dir_prob", "60"], "dir_prob must be in [0, 1]"),
         (["--subset", "30"], "subset must be one of 5, 10, 25, 50, 100"),
         (["--fmax", "9000"], "f_max <= 4000"),
         (["--n_fft", "100"], "n_fft must be >= win_length"),
@@ -290,7 +290,7 @@ def outcome(arguments: list[str], monkeypatch, capsys) -> tuple[int, str]:
         (["--teacher_logits", "nowhere.pt"], "nowhere.pt is missing"),
         (["--resume", "nosuchid"], "no run nosuchid in DCASE23_Task1; there is none"),
         (["--val_fraction", "0.999"], "leaves one part empty"),
-        (["--roll", "-1"], "--roll: must be >= 0"),
+        (["--roll", "-1"], "roll must be >= 0, got -1"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_2(options, extra, message, monkeypatch, capsys):

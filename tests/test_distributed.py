@@ -1,0 +1,153 @@
+"""Scripts under torchrun with two processes on the CPU, against one process with the same batches."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.checkpoint import load_checkpoint
+from tests.conftest import make_tau
+
+ROOT = Path(__file__).parents[1]
+# Nothing random but the weights and the order: every process draws its own augmentation.
+PLAIN = [
+    "--dir_prob", "0", "--roll", "0", "--mixstyle_p", "0", "--freqm", "0", "--timem", "0", "--fmax_aug_range", "1",
+    "--logger", "none", "--torch_device", "cpu", "--batch_size", "8",
+]  # fmt: skip
+PASST = [  # clips as long as the time embedding: no offset is drawn
+    "run_teacher_training.py", *PLAIN, "--teacher", "passt", "--pretrained", "none", "--embed_dim", "16",
+    "--depth", "1", "--n_heads", "2", "--s_patchout_f", "0", "--input_tdim", "100", "--lr", "1e-3", "--n_epochs", "2",
+]  # fmt: skip
+STUDENT = [
+    "run_training.py", *PLAIN, "--resample_rate", "8000", "--window_size", "256", "--hop_size", "125", "--n_fft", "512",
+    "--n_mels", "32", "--base_channels", "8", "--warm_up_len", "1", "--n_epochs", "3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """27 training and 45 test clips: neither is a multiple of two, and the last batch of 8 has three clips."""
+    folder = tmp_path_factory.mktemp("distributed")
+    make_tau(folder / "tau", ["bus", "park", "tram"], ["a", "b", "s1", "s4", "s5"], ["a", "b", "s1"], rate=16000)
+    return folder
+
+
+def command(arguments: list[str], n_processes: int, *torchrun_options: str) -> list[str]:
+    script, *options = arguments
+    start = [sys.executable]
+    if n_processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}", *torchrun_options]
+    return [*start, str(ROOT / script), "--dataset_dir", "tau", "--cache_path", "cache", *options]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def run(folder: Path, arguments: list[str], n_processes: int, *torchrun_options: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(arguments, n_processes, *torchrun_options), cwd=folder, env=environment(), capture_output=True,
+        text=True, timeout=240,
+    )  # fmt: skip
+
+
+def checkpoint(folder: Path, run_id: str) -> dict:
+    return load_checkpoint(folder / "DCASE23_Task1" / run_id / "checkpoints/last.pt")
+
+
+def metrics(folder: Path, run_id: str) -> list[dict]:
+    lines = (folder / "DCASE23_Task1" / run_id / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def compare(ours: list[dict], theirs: list[dict]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            if name not in ("train/seconds", "train/clips_per_second"):
+                # Sums in another order, and twelve steps of Adam on what they gave.
+                assert a[name] == pytest.approx(b[name], abs=1e-5), name
+
+
+def test_two_processes_train_and_score_as_one_does(folder):
+    """PaSST has no batch norm: gradients, weights and metrics are those of the whole batch."""
+    for n in (1, 2):
+        done = run(folder, [*PASST, "--run_id", f"passt{n}"], n)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("last epoch:") == 1  # one process prints
+    one, two = checkpoint(folder, "passt1"), checkpoint(folder, "passt2")
+    for name, value in one["model"]["state"].items():
+        torch.testing.assert_close(two["model"]["state"][name], value, rtol=0, atol=1e-5, msg=name)
+    for key, ours in two["optimizer"]["state"].items():
+        theirs = one["optimizer"]["state"][key]
+        torch.testing.assert_close(ours["exp_avg"], theirs["exp_avg"], rtol=1e-3, atol=1e-6)  # means of gradients
+    compare(metrics(folder, "passt2"), metrics(folder, "passt1"))
+    assert metrics(folder, "passt2")[-1]["test/count"] == 45  # nothing twice
+
+
+def test_gradients_of_pieces_add_up_to_the_batch(folder):
+    done = run(folder, [*PASST, "--run_id", "pieces", "--accumulate", "3"], 2)
+    assert done.returncode == 0, done.stderr
+    whole = checkpoint(folder, "passt1")["model"]["state"]
+    for name, value in checkpoint(folder, "pieces")["model"]["state"].items():
+        torch.testing.assert_close(value, whole[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_killed_process_is_started_again_and_the_run_goes_on_exactly(folder):
+    """Batch norm, saved before every step; torchrun starts both processes again where the last step was saved."""
+    whole = run(folder, [*STUDENT, "--run_id", "whole"], 2)
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(
+        command([*STUDENT, "--run_id", "killed", "--save_minutes", "0"], 2, "--max_restarts=1"), cwd=folder,
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    log = folder / "DCASE23_Task1/killed/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.is_file() or not log.read_text():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert "goes on after a failure" in errors
+    ours, theirs = checkpoint(folder, "killed")["model"]["state"], checkpoint(folder, "whole")["model"]["state"]
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    compare(metrics(folder, "killed"), metrics(folder, "whole"))
+    assert not [path for path in (folder / "DCASE23_Task1").iterdir() if path.name not in RUNS and path.is_dir()]
+
+
+RUNS = {"passt1", "passt2", "pieces", "whole", "killed", "stopped"}
+
+
+def test_a_request_to_stop_saves_once_and_resumes_exactly(folder):
+    process = subprocess.Popen(
+        command([*STUDENT, "--run_id", "stopped"], 2), cwd=folder, env=environment(), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    log = folder / "DCASE23_Task1/stopped/metrics.jsonl"
+    while not log.is_file() or not log.read_text():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "all saved; resume with: python run_training.py --project_name DCASE23_Task1 --resume stopped" in errors
+    resumed = run(folder, ["run_training.py", "--resume", "stopped"], 2)
+    assert resumed.returncode == 0, resumed.stderr
+    ours, theirs = checkpoint(folder, "stopped")["model"]["state"], checkpoint(folder, "whole")["model"]["state"]
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_more_processes_than_clips_is_one_line(folder):
+    done = run(folder, [*STUDENT, "--batch_size", "1"], 2)
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: 2 processes cannot share 1 clips of a batch: lower torchrun's --nproc_per_node"]
+    assert "exitcode  : 2" in done.stderr

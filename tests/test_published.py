@@ -1,0 +1,149 @@
+import pytest
+import torch
+
+from datasets.tau import SCENES
+from helpers.checkpoint import CheckpointError, load_model
+from helpers.published import ForeignError, recognise
+from models import get_model
+from tests.golden_inputs import fill_state, wave
+
+SMALL_PASST = {"embed_dim": 64, "depth": 2, "n_heads": 1}
+SMALL_BEATS = {
+    "encoder_layers": 2, "encoder_embed_dim": 48, "encoder_ffn_embed_dim": 96, "encoder_attention_heads": 4,
+    "embed_dim": 32, "conv_pos": 16, "conv_pos_groups": 4,
+}  # fmt: skip
+
+
+def beats_state(model) -> dict:
+    """Filled, with one table of positions for all layers, as the network has."""
+    return fill_state(model).eval().state_dict()
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+@pytest.mark.parametrize(
+    ("options", "read"),
+    [
+        ({}, {"rho": 8, "cut_channels_s3": 36, "s2_group": 2}),
+        ({"rho": 3, "n_classes": 3}, {"rho": 3}),
+        (
+            {"rho": 11, "base_channels": 16, "cut_channels_s2": 4, "cut_channels_s3": 8, "s3_group": 4},
+            {"rho": 9},
+        ),  # 9, 10, 11: the same
+        ({"n_blocks": (1, 2, 0), "in_channels": 2, "s1_group": 4}, {"n_blocks": (1, 2, 0), "s1_group": 4}),
+        ({"base_channels": 24, "channels_multiplier": 1.5, "cut_channels_s3": 0, "s2_group": 1}, {"base_channels": 24}),
+    ],
+)
+def test_cp_resnet_is_read_off_its_shapes(tmp_path, options, read, prefix):
+    model = fill_state(get_model("cp_resnet", **options)).eval()
+    state = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": state} if prefix else state, tmp_path / "w.pt")
+    loaded = load_model(tmp_path / "w.pt")
+    for name, value in read.items():
+        assert getattr(loaded.model.config, name) == value
+    x = wave((2, model.config.in_channels, 64, 20), "x")
+    assert torch.equal(loaded.model(x), model(x))
+    assert loaded.frontend.config.hop_length == 750
+    assert loaded.scenes == (SCENES if model.config.n_classes == 10 else ())
+
+
+@pytest.mark.parametrize(
+    ("options", "input_tdim"),
+    [
+        ({}, 998),
+        ({"arch": "passt_s_f128_20sec_p16_s10_ap474"}, 2000),
+        ({"arch": "passt_s_swa_p16_s14_128_ap471", "n_classes": 4}, 998),
+        ({"input_tdim": 106}, 106),
+        ({"fstride": 16, "tstride": 16, "input_tdim": 96, "in_channels": 2}, 96),
+        ({"input_fdim": 66, "input_tdim": 56, "s_patchout_f": 0}, 56),
+    ],
+)
+def test_passt_is_read_off_its_shapes(tmp_path, options, input_tdim):
+    model = fill_state(get_model("passt", **(SMALL_PASST | options))).eval()
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    loaded = load_model(tmp_path / "w.pt")
+    config = loaded.model.config
+    assert (config.grid, config.fstride, config.tstride) == (
+        model.config.grid,
+        model.config.fstride,
+        model.config.tstride,
+    )
+    assert config.input_tdim == input_tdim
+    x = wave((1, config.in_channels, model.config.input_fdim, 60), "x")
+    assert torch.equal(loaded.model(x), model(x))
+    front = loaded.frontend.config
+    assert (front.n_fft, front.win_length, front.hop_length, front.n_mels) == (1024, 800, 320, config.input_fdim)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"n_classes": 3, "conv_bias": True, "gru_rel_pos": False}], ids=["ours", "other"]
+)
+@pytest.mark.parametrize("form", ["authors", "lightning", "bare"])
+def test_beats_is_read_in_all_forms(tmp_path, options, form):
+    model = get_model("beats", **(SMALL_BEATS | options))
+    state = beats_state(model)
+    if form == "authors":
+        names = {
+            f"{n.removeprefix('encoder.')}".replace("classifier.linear.", "predictor."): v for n, v in state.items()
+        }
+        cfg = {
+            name: value for name, value in vars(model.config).items() if name not in ("n_classes", "grad_checkpointing")
+        }
+        content = {"cfg": cfg | {"predictor_class": model.config.n_classes}, "model": names}
+    elif form == "lightning":
+        content = {"state_dict": {f"backbone.{name}": value for name, value in state.items()}, "epoch": 3}
+    else:
+        content = state
+    torch.save(content, tmp_path / "w.pt")
+    loaded = load_model(tmp_path / "w.pt")
+    x = wave((2, 1, 128, 98), "x")
+    torch.testing.assert_close(loaded.model(x), model(x), rtol=0, atol=1e-6)
+    assert loaded.frontend.config.sample_rate == 16000
+    assert loaded.model.config.deep_norm and loaded.model.config.max_distance == 800
+
+
+def test_an_encoder_alone_is_refused():
+    state = beats_state(get_model("beats", **SMALL_BEATS))
+    bare = {name: value for name, value in state.items() if name.startswith("encoder.")}
+    with pytest.raises(ForeignError, match=r"x\.pt is no whole beats network: 'classifier\.linear\.weight'"):
+        recognise("x.pt", bare)
+    cfg = {**vars(get_model("beats", **SMALL_BEATS).config)}
+    model = {name.removeprefix("encoder."): value for name, value in bare.items()}
+    with pytest.raises(ForeignError, match=r"x\.pt is a BEATs encoder without a classifier"):
+        recognise("x.pt", {"cfg": cfg, "model": model})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weights": torch.zeros(3)}, r"neither a checkpoint of this project nor one of CP-Mobile.*found: weights"),
+        ({"state_dict": {"backbone.conv.weight": torch.zeros(3)}}, "holds no CP-Mobile.* network; found: conv.weight"),
+        ({"stage1.block1.conv1.weight": torch.zeros(8, 8, 3, 3)}, "no whole cp_resnet network: 'in_c.0.weight'"),
+        ({"state_dict": {7: torch.zeros(3)}}, "found: 7"),
+        ({"patch_embed.proj.weight": torch.zeros(3)}, "no passt network, its weights have other shapes"),
+        ({"stage1.block1.conv1.weight": torch.zeros(3), "in_c.0.weight": torch.zeros(8)}, "no cp_resnet network, its"),
+        ({"cfg": {}, "model": {}}, "weights of the BEATs checkpoint|cfg of the BEATs checkpoint"),
+        ({str(i): torch.zeros(1) for i in range(300)}, "0, 1, 2, 3, 4 and 295 more"),
+    ],
+)
+def test_foreign_content_is_one_clear_error(content, message):
+    with pytest.raises(ForeignError, match=message):
+        recognise("x.pt", content)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {n: v for n, v in s.items() if not n.startswith("stage3")}, "of another shape|missing"),
+        (lambda s: s | {"head.weight": torch.zeros(2)}, "head.weight unknown"),
+        (lambda s: {n: v for n, v in s.items() if "bn1" not in n}, r"bn1.*and \d+ more missing"),
+        (
+            lambda s: s | {"stage1.block2.conv2.weight": torch.zeros(32, 16, 3, 3)},
+            r"\(32, 16, 3, 3\) for \(32, 32, 3, 3\)",
+        ),
+    ],
+)
+def test_loading_is_strict_and_lists_what_differs(tmp_path, change, message):
+    torch.save(change(get_model("cp_resnet").state_dict()), tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_model(tmp_path / "w.pt")
+    assert len(str(error.value)) < 600
