@@ -1,10 +1,13 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from datasets.tau import DataError, read_meta
+from datasets.tau import test_rows as rows_for_test
 from datasets.tau import train_rows as rows_for_training
-from datasets.teacher_logits import read_teacher_logits
+from datasets.teacher_logits import is_logits, read_logits, read_teacher_logits
 from tests.golden_inputs import wave
 
 
@@ -42,6 +45,8 @@ def test_own_form_is_matched_by_name(tau, tmp_path):
         (lambda c: c | {"logits": c["logits"][:, :9]}, "has logits"),
         (lambda c: {"files": c["files"]}, "lacks one of"),
         (lambda c: c | {"logits": c["logits"] * float("nan")}, "not finite"),
+        (lambda c: c | {"logits": c["logits"].float() + 1e5}, "beyond the range of 16-bit"),
+        (lambda c: c | {"logits": c["logits"].tolist()}, "has logits list for 27 files"),
         (lambda c: torch.zeros(7, 10), "7 x 10"),
         (lambda c: torch.zeros(3), "no table of logits"),
     ],
@@ -73,3 +78,73 @@ def test_a_file_that_is_no_tensor_is_refused(tau, tmp_path):
         read_teacher_logits(tmp_path / "page.pt", meta, rows_for_training(meta))
     with pytest.raises(DataError, match=r"none\.pt is missing"):
         read_teacher_logits(tmp_path / "none.pt", meta, rows_for_training(meta))
+
+
+def predictions(files: list[str]) -> torch.Tensor:
+    """A row for each clip that only its name decides."""
+    return torch.stack([wave((10,), file, 4.0) for file in files])
+
+
+def listed_in(path: Path) -> list[str]:
+    return path.read_text().split()[1:]
+
+
+def shuffle_list(path: Path) -> list[str]:
+    files = np.random.default_rng(3).permutation(listed_in(path)).tolist()
+    path.write_text("\n".join(["filename", *files]) + "\n")
+    return files
+
+
+@pytest.mark.parametrize("subset", ["train", "test", "valid", "total", "split5"])
+def test_predictions_follow_the_rows_of_their_list(tau, tmp_path, subset):
+    setup, split = tau.root / "evaluation_setup", tmp_path / "lists" / "five.csv"
+    split.parent.mkdir()
+    split.write_text((setup / "fold1_train.csv").read_text())
+    meta = read_meta(tau.root)
+    test = subset in ("test", "valid")
+    source = split if subset == "split5" else setup / f"fold1_{'evaluate' if test else 'train'}.csv"
+    files = list(meta.files) if subset == "total" else shuffle_list(source)
+    torch.save(predictions(files), tmp_path / f"predictions_{subset}.pt")
+    rows = rows_for_test(meta) if test else rows_for_training(meta)
+    asked = []
+    logits = read_logits(tmp_path / f"predictions_{subset}.pt", meta, rows, lambda n: asked.append(n) or split)
+    assert (torch.from_numpy(logits) == predictions(meta.files[rows])).all()
+    assert asked == ([5] if subset == "split5" else [])
+    assert (
+        read_teacher_logits(tmp_path / f"predictions_{subset}.pt", meta, rows, lambda _: split)
+        == logits.astype(np.float16)
+    ).all()
+
+
+def test_a_list_beside_the_predictions_comes_first(tau, tmp_path):
+    meta = read_meta(tau.root)
+    rows = rows_for_training(meta)[:7]
+    files = list(meta.files[rows][::-1])
+    (tmp_path / "train.csv").write_bytes(("filename\tscene_label\r\n" + "".join(f"{f}\tx\r\n" for f in files)).encode())
+    torch.save(predictions(files), tmp_path / "predictions_train.pt")
+    logits = read_logits(tmp_path / "predictions_train.pt", meta, rows)
+    assert (torch.from_numpy(logits) == predictions(meta.files[rows])).all()
+    rest = rows_for_training(meta)
+    with pytest.raises(DataError, match=f"no logits for 20 of 27 training clips, first {meta.files[rest[7]]}"):
+        read_logits(tmp_path / "predictions_train.pt", meta, rest)
+
+
+def test_predictions_that_do_not_fit_their_list_are_refused(tau, tmp_path):
+    meta = read_meta(tau.root)
+    rows = rows_for_training(meta)
+    torch.save(torch.zeros(26, 10), tmp_path / "predictions_train.pt")
+    with pytest.raises(DataError, match=r"has 26 rows of logits, but .*fold1_train\.csv lists 27 clips"):
+        read_logits(tmp_path / "predictions_train.pt", meta, rows)
+    torch.save(torch.zeros(27, 3), tmp_path / "predictions_train.pt")
+    with pytest.raises(DataError, match="has logits of 3 scenes, the data set has 10"):
+        read_logits(tmp_path / "predictions_train.pt", meta, rows)
+    for name in ("split5", "mine"):
+        torch.save(torch.zeros(27, 10), tmp_path / f"predictions_{name}.pt")
+        with pytest.raises(DataError, match=rf"follows the rows of {name}\.csv: put that list beside it"):
+            read_logits(tmp_path / f"predictions_{name}.pt", meta, rows)
+
+
+def test_logits_are_told_from_checkpoints(tau):
+    meta = read_meta(tau.root)
+    assert is_logits(torch.zeros(3, 10)) and is_logits(own_form(meta, meta.files) | {"provenance": {}})
+    assert not is_logits({"model": {}, "scenes": []}) and not is_logits([1])

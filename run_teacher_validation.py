@@ -1,0 +1,135 @@
+"""Scores published or own teachers on the test part; several of them alone and as an ensemble.
+
+  python run_teacher_validation.py --model_name passt_dirfms_1            a published teacher, fetched once
+  python run_teacher_validation.py --model_name passt_fms_1 cpr_128k_fms_1
+  python run_teacher_validation.py --checkpoint <id> weights.pt           own runs and local files
+
+Published teachers: passt_dirfms_1..3, passt_fms_1..3 (PaSST), cpr_128k_dirfms_1..3, cpr_128k_fms_1..3 (CP-ResNet).
+Files may also hold BEATs, in its authors' form or as a checkpoint of easy_dcase_task1. Front end, sampling rate and
+network follow from the teacher.
+"""
+
+import argparse
+import logging
+import sys
+
+from torch import Tensor
+
+from datasets.synthetic import SYNTHETIC_NOTICE
+from datasets.tau import read_meta
+from helpers import cli
+from helpers.data import Data, DataConfig, dataset_root, load_data, place_on_device
+from helpers.logger import LOGGERS, RunLogger
+from helpers.loop import predict
+from helpers.memory import keep_freed_memory
+from helpers.metrics import score
+from helpers.options import add_compute_options, add_data_options
+from helpers.report import metric_tables
+from helpers.teachers import TeacherSource, check_scenes, find_teachers, mean_logits, scorer
+
+log = logging.getLogger(__name__)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(__doc__, usage="python run_teacher_validation.py [--model_name NAME ...] [--checkpoint X ...]")
+    teachers = parser.add_argument_group("teachers")
+    teachers.add_argument("--model_name", nargs="+", default=["passt_dirfms_1"], metavar="NAME",
+                          help="published ones; --checkpoint alone switches the default off")  # fmt: skip
+    teachers.add_argument("--checkpoint", nargs="+", default=[], metavar="X", help="ids of own runs, or files")
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--project_name", default="DCASE23_Task1", help="project of the logger, and folder of all its runs"
+    )
+    run.add_argument("--experiment_name", default="CPJKU_Teacher_Validation", help="name shown by the logger")
+    run.add_argument("--logger", nargs="+", choices=[*LOGGERS], default=["wandb"], help="one or more")
+    run.add_argument("--batch_size", type=cli.number(int, 1), default=32)
+    add_data_options(parser)
+    add_compute_options(parser)
+    parser.set_defaults(data_on_device="no")  # a clip is read once
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    parser = make_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    device = cli.torch_device(parser, args.torch_device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    with cli.option_errors(parser):
+        config = cli.config_from(args, DataConfig)
+    names = args.model_name if not args.checkpoint or "model_name" in cli.given_options(parser, argv) else []
+    sources = find_teachers([*names, *args.checkpoint], args.project_name)
+    rates = check_all(sources, config)
+    data: dict[int, Data] = {}
+    for rate in sorted(set(rates)):
+        data[rate] = load_data(config, rate, seed=0)
+        place_on_device(data[rate].test, args.data_on_device, device)
+    for source, rate in zip(sources, rates, strict=True):  # not kept: twelve would take gigabytes
+        scorer(source, source.load(), data[rate].store.n_samples, device, args.channels_last)
+
+    metrics: dict[str, float] = {}
+    answers: dict[str, Tensor] = {}
+    with RunLogger(args.project_name, None, vars(args), args.logger, args.experiment_name) as logger:
+        for source, rate in zip(sources, rates, strict=True):
+            part = data[rate]
+            log.info("scoring %s (%s) on %d test clips at %d Hz", source.name, source.path, len(part.test), rate)
+            model, frontend = scorer(source, source.load(), part.store.n_samples, device, args.channels_last)
+            logits = predict(model, frontend, part.test, args.batch_size, device, args.num_workers)
+            answers[source.name] = logits
+        if len(sources) > 1:
+            answers["ensemble"] = mean_logits(list(answers.values()))
+        part = data[rates[0]]
+        for name, logits in answers.items():
+            metrics |= {f"{name}/test/{key}": value for key, value in score(part.test, logits, part.groups).items()}
+        logger.write(0, metrics)
+
+    for name in answers:
+        print(f"{metric_tables(metrics, f'{name}/test')}\n")
+    print(summary(metrics, list(answers)))
+    if args.dataset == "synthetic":
+        print(SYNTHETIC_NOTICE)
+    print(f"metrics are in {logger.dir}")
+    return metrics
+
+
+def check_all(sources: list[TeacherSource], config: DataConfig) -> list[int]:
+    """Loads every teacher once, so that a file that does not fit is told before any work; their sampling rates in Hz.
+
+    Raises:
+        CheckpointError: for a file that is damaged or foreign, or a teacher of other scenes.
+    """
+    meta = read_meta(dataset_root(config))
+    rates = []
+    for source in sources:
+        loaded = source.load()
+        check_scenes(source, loaded, meta)
+        rates.append(loaded.frontend.config.sample_rate)
+    return rates
+
+
+def summary(metrics: dict[str, float], names: list[str]) -> str:
+    """Accuracies in percent, a line for each teacher."""
+    groups = [group for group in ("real", "seen", "unseen") if f"{names[0]}/test/acc/{group}" in metrics]
+    header = ["teacher", "acc %", "macro %", *(f"{group} %" for group in groups), "log loss"]
+    rows = [header]
+    for name in names:
+        keys = ["acc", "macro_avg_acc", *(f"acc/{group}" for group in groups)]
+        rows.append(
+            [
+                name,
+                *(f"{100 * metrics[f'{name}/test/{key}']:.2f}" for key in keys),
+                f"{metrics[f'{name}/test/loss']:.3f}",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
