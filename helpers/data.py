@@ -181,7 +181,7 @@ def load_teacher(data: Data, kd_lambda: float, path: str | None, demanded: bool)
             "distillation is off: there are no teacher logits for this data set (name a file with --teacher_logits)"
         )
         return False
-    logits = read_teacher_logits(path or teacher_logits_file(), data.meta, data.train.rows)
+    logits = read_teacher_logits(path or teacher_logits_file(), data.meta, data.train.rows, subset_file)
     data.train.teacher_logits = torch.from_numpy(logits)
     return True
 
