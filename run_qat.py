@@ -39,7 +39,7 @@ from helpers.checkpoint import (
 from helpers.data import DataConfig, load_augment, load_data, load_teacher, place_on_device
 from helpers.distributed import join_processes
 from helpers.export import write_onnx
-from helpers.loop import LoopState, Precision, StopSignal, Update, evaluate, predict, train_one_epoch
+from helpers.loop import LoopState, Precision, StopSignal, Update, epoch_batches, evaluate, predict, train_one_epoch
 from helpers.losses import kd_loss
 from helpers.memory import keep_freed_memory
 from helpers.options import (
@@ -51,8 +51,7 @@ from helpers.options import (
     add_run_options,
 )
 from helpers.quantization import calibrate, for_target, freeze, prepare, rounding_off
-from helpers.report import metric_tables, write_report
-from helpers.runs import Autosave, last_checkpoint, open_run, parse_options, source_checkpoint
+from helpers.runs import Autosave, final_report, last_checkpoint, open_run, parse_options, source_checkpoint
 from helpers.schedule import WarmupRampdown
 from models import FRONTENDS, MODELS
 from models.quantized import QuantConfig
@@ -61,7 +60,7 @@ log = logging.getLogger(__name__)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(__doc__, usage="python run_qat.py --wandb_id ID | --checkpoint PATH [--option value ...]")
+    parser = cli.Parser(__doc__, prog="run_qat.py", usage="python %(prog)s --wandb_id ID | --checkpoint PATH [options]")
     source = parser.add_argument_group("what to quantize")
     source.add_argument("--wandb_id", metavar="ID", help="run of this project; its checkpoint is found by itself")
     source.add_argument(
@@ -171,23 +170,23 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     def loss_fn(logits: Tensor, batch: Batch):
         return kd_loss(logits, batch.target, batch.teacher_logits, args.kd_lambda, args.temperature)
 
-    logger = open_run(
+    run = open_run(
         processes, args.project_name, args.resume or args.run_id, vars(args), args.logger, args.experiment_name,
         resume_epoch=state.epoch if args.resume else None,
     )  # fmt: skip
-    with logger, StopSignal() as stop:
+    with run as logger, StopSignal() as stop:
         log.info("run %s in %s: %s of %s", logger.id, logger.dir, args.precision, path)
 
         def save(name: str) -> None:
             training = training_state(update, state, device)
             if processes.is_main:
-                run = describe_run(model, frontend, data.meta, data.store.n_samples, vars(args))
+                content = describe_run(model, frontend, data.meta, data.store.n_samples, vars(args))
                 quantization = {
                     "precision": args.precision,
                     "quantization": asdict(quant_config) if args.precision == "int8" else None,
                     "source_scores": source_scores,
                 }
-                save_checkpoint(logger.checkpoint_dir / name, run | quantization | training)
+                save_checkpoint(logger.checkpoint_dir / name, content | quantization | training)
 
         def target_scores() -> dict[str, float]:
             """Scores of the network as the target computes it, and of its weights in float32."""
@@ -209,11 +208,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 freeze(model)
             if n_frozen <= 0 and state.step == 0 and state.epoch > 0:
                 calibrate(model, calibration_batches)  # the weights have moved
-            order = epoch_order(len(data.train), args.seed, state.epoch)
-            loader = batches(
-                data.train, order, args.batch_size, device, state.step, args.num_workers, processes.rank, processes.size
-            )
-            metrics = train_one_epoch(forward, frontend, augment, loss_fn, loader, update, state, autosave, len(order))
+            loader = epoch_batches(data.train, update, state, args.seed, device, args.num_workers)
+            n_clips = len(data.train)
+            metrics = train_one_epoch(forward, frontend, augment, loss_fn, loader, update, state, autosave, n_clips)
             if state.epoch + 1 == args.n_epochs or (state.epoch + 1) % args.eval_every == 0:
                 metrics |= target_scores()
             autosave.finish_epoch(metrics | (source_scores if state.epoch == 0 else {}), logger)
@@ -227,10 +224,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         target = for_target(model, args.precision)
         logits = predict(target, frontend, data.test, args.batch_size, device, args.num_workers, processes)
         if processes.is_main:
-            print(metric_tables(metrics))
             note = SYNTHETIC_NOTICE if args.dataset == "synthetic" else ""
-            predictions, targets = logits.argmax(dim=1).numpy(), data.test.scene.cpu().numpy()
-            write_report(logger.dir, predictions, targets, data.meta.scenes, note=note)
+            print(final_report(logger.dir, metrics, logits, data.test, note))
             file = write_onnx(
                 target.cpu(), frontend.cpu(), data.meta.scenes, data.store.n_samples, args.precision, False,
                 logger.dir / f"network_{args.precision}.onnx",
@@ -243,10 +238,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 def check_source(parser: argparse.ArgumentParser, args: argparse.Namespace, source: LoadedModel, path: Path) -> None:
     """Refuses a checkpoint that is quantized already, and options that contradict it."""
-    if args.resume and "source_scores" not in source.content:
-        raise CheckpointError(
-            f"{path} is no run of run_qat.py: go on with python run_training.py --resume {args.resume}"
-        )
     if not args.resume and source.precision != "fp32":
         raise CheckpointError(
             f"{path} is {source.precision} already; only fp32 networks are quantized: take the run it came from"

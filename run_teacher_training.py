@@ -16,6 +16,7 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,7 @@ from torch import Tensor, nn
 
 from datasets.crops import CroppedClips
 from datasets.synthetic import SYNTHETIC_NOTICE
-from datasets.tau import DataError
-from datasets.waveforms import Batch, batches, epoch_order
+from datasets.waveforms import Batch
 from helpers import cli
 from helpers.augment import AugmentConfig
 from helpers.checkpoint import (
@@ -39,9 +39,19 @@ from helpers.checkpoint import (
     save_checkpoint,
     training_state,
 )
-from helpers.data import DataConfig, load_augment, load_data, load_teacher, place_on_device
+from helpers.data import DataConfig, check_n_classes, load_augment, load_data, load_teacher, place_on_device
 from helpers.distributed import join_processes
-from helpers.loop import LoopState, Precision, StopSignal, Update, evaluate, predict, train_one_epoch
+from helpers.loop import (
+    LoopState,
+    Precision,
+    StopSignal,
+    Update,
+    check_shapes,
+    epoch_batches,
+    evaluate,
+    predict,
+    train_one_epoch,
+)
 from helpers.losses import kd_loss
 from helpers.memory import keep_freed_memory
 from helpers.metrics import score
@@ -55,9 +65,8 @@ from helpers.options import (
     add_run_options,
 )
 from helpers.published import recognise
-from helpers.report import metric_tables, write_report
 from helpers.resources import passt_file
-from helpers.runs import Autosave, last_checkpoint, open_run, parse_options
+from helpers.runs import Autosave, final_report, last_checkpoint, open_run, parse_options
 from helpers.schedule import WarmupRampdown
 from models import FRONTENDS, MODELS
 from models.beats_checkpoint import read_checkpoint
@@ -105,19 +114,24 @@ def chosen_teacher(argv: list[str]) -> str:
             saved = json.loads((Path(args.project_name) / args.resume / "options.json").read_text(encoding="utf-8"))
             return saved["teacher"] if saved.get("teacher") in RECIPES else "cp_resnet"
         except (OSError, ValueError):
-            pass  # `parse_options` says what is wrong with the run
+            pass  # `parse_options` says what is wrong with the run; `main`, when it is another script's
     return args.teacher or "cp_resnet"
 
 
 def make_parser(teacher: str) -> argparse.ArgumentParser:
-    parser = cli.Parser(__doc__, usage="python run_teacher_training.py --teacher NAME [--option value ...]")
+    parser = cli.Parser(
+        __doc__,
+        prog="run_teacher_training.py",
+        usage="python run_teacher_training.py --teacher NAME [--option value ...]",
+    )
     frontend, frontend_options = FRONTEND_OF[teacher]
     network = parser.add_argument_group("network")
     network.add_argument("--teacher", choices=[*RECIPES], default=teacher, help="architecture and its recipe")
     network.add_argument("--pretrained", metavar="PATH",
                          help="weights to start from: a file, none, or auto (those of PaSST's --arch)")  # fmt: skip
     network.add_argument("--freeze", default="none", metavar="N",
-                         help="transformer layers that stay as they are; all: only the head learns")  # fmt: skip
+                         help="the first N transformer layers, and all before them, stay as they are; "
+                              "all: only the head learns")  # fmt: skip
     cli.add_config_arguments(parser, f"options of {teacher}", MODELS[teacher][0])
     cli.add_config_arguments(parser, "front end", FRONTENDS[frontend][0], FRONTEND_OPTIONS)
     add_run_options(parser)
@@ -143,6 +157,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args, given = parse_options(parser, argv)
     if args.teacher_logits is not None and args.kd_lambda == 1:
         parser.error("--teacher_logits needs a --kd_lambda below 1: the weight of the labels")
+    if args.beta2 == 1:
+        parser.error("--beta2 must be below 1: the optimizer would keep no mean of squared gradients")
     path = last_checkpoint(args.project_name, args.resume) if args.resume else None
     checkpoint = None if path is None else load_checkpoint(path)
     device = cli.torch_device(parser, args.torch_device)
@@ -162,22 +178,20 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     processes = join_processes(device)
     with processes.main_first():
         data = load_data(data_config, args.resample_rate, args.seed)
-        n_classes = len(data.meta.scenes)
-        if args.n_classes not in (None, n_classes):
-            raise DataError(
-                f"--n_classes {args.n_classes}, but {data.meta.root} has {n_classes} scenes: leave the option away"
-            )
-        args.n_classes = n_classes
+        # Of a run to resume, `restore_training` compares the scenes themselves.
+        args.n_classes = check_n_classes(args.n_classes if checkpoint is None else None, data)
         if args.cropped:
             data = replace(data, train=CroppedClips(data.meta, data.train.rows, data.store))
         has_teacher = load_teacher(data, args.kd_lambda, args.teacher_logits, demanded="kd_lambda" in given)
         with cli.option_errors(parser):
             temperature = args.temperature if has_teacher else None
             augment = load_augment(augment_config, data, data_config, Frontend.mask_value, temperature).to(device)
-            model = build_model(args, given, starts=checkpoint is None)
+            model = build_model(args, given, checkpoint)
     processes.check_clips(len(data.train), len(data.test), args.batch_size)
     place_on_device(data.train, args.data_on_device, device)
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    with cli.option_errors(parser):
+        check_shapes(model, frontend, data.store.n_samples, device)
     mode = "reduce-overhead" if device.type == "cuda" else None
     compiled = torch.compile(model, mode=mode) if args.compile else model
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -195,18 +209,18 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     def loss_fn(logits: Tensor, batch: Batch):
         return kd_loss(logits, batch.target, batch.teacher_logits, args.kd_lambda, args.temperature)
 
-    logger = open_run(
+    run = open_run(
         processes, args.project_name, args.resume or args.run_id, vars(args), args.logger, args.experiment_name,
         resume_epoch=None if checkpoint is None else state.epoch,
     )  # fmt: skip
-    with logger, StopSignal() as stop:
+    with run as logger, StopSignal() as stop:
         log.info("run %s in %s: %d training and %d test clips", logger.id, logger.dir, len(data.train), len(data.test))
 
         def save(name: str) -> None:
             training = training_state(update, state, device)
             if processes.is_main:
-                run = describe_run(model, frontend, data.meta, data.store.n_samples, vars(args))
-                save_checkpoint(logger.checkpoint_dir / name, run | training)
+                content = describe_run(model, frontend, data.meta, data.store.n_samples, vars(args))
+                save_checkpoint(logger.checkpoint_dir / name, content | training)
 
         resume = f"python run_teacher_training.py --project_name {args.project_name} --resume {logger.id}"
         autosave = Autosave(save, args.save_minutes, stop, state, update, resume)
@@ -215,12 +229,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         metrics: dict[str, float] = {}
         while state.epoch < args.n_epochs:
             update.set_lr(args.lr * schedule.factor(state.epoch))
-            order = epoch_order(len(data.train), args.seed, state.epoch)
-            data.train.start_epoch(args.seed, state.epoch)
-            loader = batches(
-                data.train, order, args.batch_size, device, state.step, args.num_workers, processes.rank, processes.size
-            )
-            metrics = train_one_epoch(forward, frontend, augment, loss_fn, loader, update, state, autosave, len(order))
+            loader = epoch_batches(data.train, update, state, args.seed, device, args.num_workers)
+            n_clips = len(data.train)
+            metrics = train_one_epoch(forward, frontend, augment, loss_fn, loader, update, state, autosave, n_clips)
             if state.epoch + 1 == args.n_epochs or (state.epoch + 1) % args.eval_every == 0:
                 metrics |= evaluate(compiled, frontend, data, args.batch_size, device, args.num_workers, processes)
             autosave.finish_epoch(metrics, logger)
@@ -228,31 +239,37 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         logits = predict(compiled, frontend, data.test, args.batch_size, device, args.num_workers, processes)
         metrics |= {f"test/{key}": value for key, value in score(data.test, logits, data.groups).items()}
         if processes.is_main:
-            print(metric_tables(metrics))
             note = SYNTHETIC_NOTICE if args.dataset == "synthetic" else ""
-            predictions, targets = logits.argmax(dim=1).numpy(), data.test.scene.cpu().numpy()
-            write_report(logger.dir, predictions, targets, data.meta.scenes, note=note)
+            print(final_report(logger.dir, metrics, logits, data.test, note))
             print(f"\nlast epoch: test accuracy {metrics['test/acc']:.2%}; report and checkpoints are in {logger.dir}")
-            print(f"logits to distil from: python run_teacher_logits.py --teachers {logger.id}")
+            print(
+                f"logits to distil from: python run_teacher_logits.py --project_name {args.project_name} "
+                f"--teachers {logger.id}"
+            )
     return metrics
 
 
-def build_model(args: argparse.Namespace, given: set[str], starts: bool) -> nn.Module:
-    """The network with its pre-trained weights (not where a checkpoint follows) and its frozen layers.
+def build_model(args: argparse.Namespace, given: set[str], checkpoint: Mapping[str, Any] | None) -> nn.Module:
+    """The network with its frozen layers: a new one with the weights of --pretrained, or that of a run to resume.
 
-    Weights come with the network that they are for; options that the user gives go before.
+    Weights come with the network that they are for; options that the user gives go before. A run to resume knows its
+    network to the last option, also those that the command line has not; its weights are loaded later.
 
     Raises:
         CheckpointError: when the weights are missing or do not fit.
         ValueError: for layers to freeze that there are not.
     """
     config_class, Model = MODELS[args.teacher]
-    config, part = cli.config_from(args, config_class), None
-    if starts and args.pretrained != "none":
-        path, part = pretrained_part(args)
-        names = {field.name for field in fields(config_class)} & (given | {"n_classes"})
-        config = replace(config_class(**part["config"]), **{name: getattr(config, name) for name in names})
-        vars(args).update({name: value for name, value in vars(config).items() if name in vars(args)})
+    part = None
+    if checkpoint is not None:
+        config = config_class(**checkpoint["model"]["config"])
+    else:
+        config = cli.config_from(args, config_class)
+        if args.pretrained != "none":
+            path, part = pretrained_part(args)
+            names = {field.name for field in fields(config_class)} & (given | {"n_classes"})
+            config = config_class(**(part["config"] | {name: getattr(config, name) for name in names}))
+            vars(args).update({name: value for name, value in vars(config).items() if name in vars(args)})
     model = Model(config)
     if part is not None:
         try:
@@ -263,7 +280,7 @@ def build_model(args: argparse.Namespace, given: set[str], starts: bool) -> nn.M
     if args.freeze != "none":
         if not hasattr(model, "freeze_encoder"):
             raise ValueError(f"--freeze is for transformers; {args.teacher} learns as a whole")
-        if args.freeze != "all" and not args.freeze.isdigit():
+        if args.freeze != "all" and not args.freeze.isdecimal():
             raise ValueError(f"--freeze takes a number of layers, all or none, got {args.freeze}")
         model.freeze_encoder(None if args.freeze == "all" else int(args.freeze))
     return model
@@ -276,7 +293,10 @@ def pretrained_part(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
         CheckpointError: when it is missing, foreign, or of another architecture.
     """
     if not hasattr(MODELS[args.teacher][1], "load_pretrained"):
-        raise CheckpointError(f"{args.teacher} has no pre-trained weights: leave --pretrained away")
+        others = " or ".join(name for name in RECIPES if hasattr(MODELS[name][1], "load_pretrained"))
+        raise CheckpointError(
+            f"{args.teacher} has no pre-trained weights: leave --pretrained away, or choose --teacher {others}"
+        )
     if args.pretrained != "auto":
         path = Path(args.pretrained)
     elif args.teacher == "passt":

@@ -16,15 +16,24 @@ import torch
 from torch import Tensor
 
 from datasets.synthetic import SYNTHETIC_NOTICE
-from datasets.tau import DataError
-from datasets.waveforms import Batch, batches, epoch_order
+from datasets.waveforms import Batch
 from helpers import cli
 from helpers.augment import AugmentConfig
 from helpers.checkpoint import describe_run, load_checkpoint, restore_training, save_checkpoint, training_state
 from helpers.complexity import Report, enforce_limits, measure, table
-from helpers.data import DataConfig, load_augment, load_data, load_teacher, place_on_device
+from helpers.data import DataConfig, check_n_classes, load_augment, load_data, load_teacher, place_on_device
 from helpers.distributed import join_processes
-from helpers.loop import LoopState, Precision, StopSignal, Update, evaluate, predict, train_one_epoch
+from helpers.loop import (
+    LoopState,
+    Precision,
+    StopSignal,
+    Update,
+    check_shapes,
+    epoch_batches,
+    evaluate,
+    predict,
+    train_one_epoch,
+)
 from helpers.losses import kd_loss
 from helpers.memory import keep_freed_memory
 from helpers.metrics import score
@@ -37,8 +46,7 @@ from helpers.options import (
     add_precision_options,
     add_run_options,
 )
-from helpers.report import metric_tables, write_report
-from helpers.runs import Autosave, last_checkpoint, open_run, parse_options
+from helpers.runs import Autosave, final_report, last_checkpoint, open_run, parse_options
 from helpers.schedule import WarmupRampdown
 from models import FRONTENDS, MODELS
 
@@ -46,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(__doc__, usage="python run_training.py [--option value ...]")
+    parser = cli.Parser(__doc__, prog="run_training.py", usage="python %(prog)s [--option value ...]")
     run = add_run_options(parser)
     run.add_argument("--dry_run", action="store_true", help="print options and complexity, then stop; needs no data")
     run.add_argument(
@@ -90,12 +98,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     processes = join_processes(device)
     with processes.main_first():
         data = load_data(data_config, args.resample_rate, args.seed)
-        n_classes = len(data.meta.scenes)
-        if args.n_classes not in (None, n_classes):
-            raise DataError(
-                f"--n_classes {args.n_classes}, but {data.meta.root} has {n_classes} scenes: leave the option away"
-            )
-        args.n_classes = n_classes
+        # Of a run to resume, `restore_training` compares the scenes themselves.
+        args.n_classes = check_n_classes(args.n_classes if checkpoint is None else None, data)
         demanded = bool({"kd_lambda", "teacher_logits"} & given)
         has_teacher = load_teacher(data, args.kd_lambda, args.teacher_logits, demanded)
         with cli.option_errors(parser):
@@ -108,6 +112,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if args.enforce_limits:
             enforce_limits(complexity(args, model, frontend))
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    with cli.option_errors(parser):
+        check_shapes(model, frontend, data.store.n_samples, device)
     mode = "reduce-overhead" if device.type == "cuda" else None
     compiled = torch.compile(model, mode=mode) if args.compile else model
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
@@ -121,18 +127,18 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     def loss_fn(logits: Tensor, batch: Batch):
         return kd_loss(logits, batch.target, batch.teacher_logits, args.kd_lambda, args.temperature)
 
-    logger = open_run(
+    run = open_run(
         processes, args.project_name, args.resume or args.run_id, vars(args), args.logger, args.experiment_name,
         resume_epoch=None if checkpoint is None else state.epoch,
     )  # fmt: skip
-    with logger, StopSignal() as stop:
+    with run as logger, StopSignal() as stop:
         log.info("run %s in %s: %d training and %d test clips", logger.id, logger.dir, len(data.train), len(data.test))
 
         def save(name: str) -> None:
             training = training_state(update, state, device)
             if processes.is_main:
-                run = describe_run(model, frontend, data.meta, data.store.n_samples, vars(args))
-                save_checkpoint(logger.checkpoint_dir / name, run | training)
+                content = describe_run(model, frontend, data.meta, data.store.n_samples, vars(args))
+                save_checkpoint(logger.checkpoint_dir / name, content | training)
 
         resume = f"python run_training.py --project_name {args.project_name} --resume {logger.id}"
         autosave = Autosave(save, args.save_minutes, stop, state, update, resume)
@@ -141,11 +147,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         metrics: dict[str, float] = {}
         while state.epoch < args.n_epochs:
             update.set_lr(args.lr * schedule.factor(state.epoch))
-            order = epoch_order(len(data.train), args.seed, state.epoch)
-            loader = batches(
-                data.train, order, args.batch_size, device, state.step, args.num_workers, processes.rank, processes.size
-            )
-            metrics = train_one_epoch(forward, frontend, augment, loss_fn, loader, update, state, autosave, len(order))
+            loader = epoch_batches(data.train, update, state, args.seed, device, args.num_workers)
+            n_clips = len(data.train)
+            metrics = train_one_epoch(forward, frontend, augment, loss_fn, loader, update, state, autosave, n_clips)
             if state.epoch + 1 == args.n_epochs or (state.epoch + 1) % args.eval_every == 0:
                 metrics |= evaluate(compiled, frontend, data, args.batch_size, device, args.num_workers, processes)
             autosave.finish_epoch(metrics, logger)
@@ -153,10 +157,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         logits = predict(compiled, frontend, data.test, args.batch_size, device, args.num_workers, processes)
         metrics |= {f"test/{key}": value for key, value in score(data.test, logits, data.groups).items()}
         if processes.is_main:
-            print(metric_tables(metrics))
             note = SYNTHETIC_NOTICE if args.dataset == "synthetic" else ""
-            predictions, targets = logits.argmax(dim=1).numpy(), data.test.scene.cpu().numpy()
-            write_report(logger.dir, predictions, targets, data.meta.scenes, note=note)
+            print(final_report(logger.dir, metrics, logits, data.test, note))
             print(f"\nlast epoch: test accuracy {metrics['test/acc']:.2%}; report and checkpoints are in {logger.dir}")
     return metrics
 

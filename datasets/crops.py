@@ -8,6 +8,8 @@ recording side by side, so a window is one contiguous piece of the file. Each se
 samples beside a joint are those of the segments, not those of the whole recording resampled.
 """
 
+import logging
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ from torch import Tensor
 from datasets.cache import WaveformStore
 from datasets.tau import Meta, parse_clip_name, recording_key
 from datasets.waveforms import Clips
+
+log = logging.getLogger(__name__)
 
 CROP_STREAM = 1  # keeps the draws apart from those of `epoch_order`, which takes the same seed and epoch
 
@@ -47,6 +51,8 @@ class CroppedClips(Clips):
         # Row of that first segment where the waveforms are read from: the file, or the device's memory.
         self._run_row = torch.from_numpy(self._resident_rows)[self._run_first]
         self._starts: Tensor | None = None
+        if len(rows) and length.max() == 1:
+            log.warning("cropped training has no effect: no two clips here are neighbouring segments of a recording")
 
     def start_epoch(self, seed: int, epoch: int) -> None:
         """Draws the windows of a whole epoch: a function of the arguments and the list of clips alone.

@@ -17,6 +17,7 @@ from helpers.checkpoint import CheckpointError
 from helpers.complexity import LimitError
 from helpers.distributed import local_rank
 from helpers.errors import ExportError
+from helpers.logger import RUN_ID
 from helpers.loop import NonFiniteLossError, StoppedError
 from helpers.quantization import QuantizationError
 
@@ -31,7 +32,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Keeps the description's line breaks and shows every default."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -112,6 +113,13 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
         return value
 
     return parse
+
+
+def run_id(text: str) -> str:
+    """An option type: the name of a run's folder."""
+    if not RUN_ID.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"must be letters, digits, '.', '_' or '-', got {text!r}")
+    return text
 
 
 def torch_device(parser: argparse.ArgumentParser, name: str) -> torch.device:

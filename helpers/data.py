@@ -109,6 +109,18 @@ def load_data(config: DataConfig, sample_rate: int, seed: int) -> Data:
     )
 
 
+def check_n_classes(given: int | None, data: Data) -> int:
+    """The number of scenes; `given` is what the user expects, None anything.
+
+    Raises:
+        DataError: when there are others.
+    """
+    n_classes = len(data.meta.scenes)
+    if given not in (None, n_classes):
+        raise DataError(f"--n_classes {given}, but {data.meta.root} has {n_classes} scenes: leave the option away")
+    return n_classes
+
+
 def load_augment(
     config: AugmentConfig, data: Data, data_config: DataConfig, mask_value: float, temperature: float | None = None
 ) -> nn.ModuleDict:

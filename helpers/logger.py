@@ -25,6 +25,8 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
 WANDB_PROBE_S = 3.0  # seconds for the server to answer at the start; beyond that the run is recorded offline
 WANDB_INIT_S = 20.0  # seconds for a server that did answer to accept the run
 WANDB_FINISH_S = 60.0  # seconds at the end for what is not yet uploaded; the rest stays on disk
@@ -188,7 +190,7 @@ class RunLogger:
         unknown = [name for name in backends if name not in LOGGERS]
         if unknown:
             raise ValueError(f"unknown logger {', '.join(map(repr, unknown))}; known are {', '.join(LOGGERS)}")
-        if run_id is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", run_id):
+        if run_id is not None and not RUN_ID.fullmatch(run_id):
             raise ValueError(f"run id must be letters, digits, '.', '_' or '-', with no path separator, got {run_id!r}")
 
         project = Path(project_name)

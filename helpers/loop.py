@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets.waveforms import Batch, Clips, batches
+from datasets.waveforms import Batch, Clips, batches, epoch_order
 from helpers.data import Data
 from helpers.distributed import ALONE, Processes
 from helpers.metrics import score
@@ -216,6 +216,36 @@ def train_one_epoch(
     metrics = {f"train/{name}": value / state.n_clips for name, value in zip(state.names, sums, strict=True)}
     metrics |= {"train/lr": update.lr, "train/seconds": seconds}
     return metrics | {"train/clips_per_second": (state.n_clips - n_before) / seconds}
+
+
+def check_shapes(model: nn.Module, frontend: nn.Module, n_samples: int, device: torch.device) -> None:
+    """Sends silence through front end and network, so that options which do not go together end no run that has begun.
+
+    In training mode, in which PaSST drops patches. Nothing is learned and no random number is used up.
+
+    Args:
+        n_samples: length of a clip.
+
+    Raises:
+        ValueError: when the clips are too short for the front end, or its spectrograms are not for this network.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # batch norm updates its statistics
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        try:
+            log_mel = frontend.train()(torch.zeros(2, n_samples, device=device))  # (batch, 1, mel, time)
+            torch.func.functional_call(model.train(), buffers, log_mel)
+        except ValueError as error:
+            raise ValueError(f"front end and network cannot take these clips: {error}") from error
+
+
+def epoch_batches(
+    clips: Clips, update: Update, state: LoopState, seed: int, device: torch.device, n_ahead: int = 1
+) -> Iterator[Batch]:
+    """This process's shares of the batches that the epoch has left, in the epoch's own order."""
+    clips.start_epoch(seed, state.epoch)
+    order = epoch_order(len(clips), seed, state.epoch)
+    processes = update.processes
+    return batches(clips, order, update.batch_size, device, state.step, n_ahead, processes.rank, processes.size)
 
 
 @torch.inference_mode()

@@ -29,7 +29,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     run.add_argument("--experiment_name", default="CPJKU_cp-mobile_student_training", help="name shown by the logger")
     run.add_argument("--logger", nargs="+", choices=[*LOGGERS], default=["wandb"], help="one or more")
-    run.add_argument("--run_id", metavar="ID", help="name of the new run's folder (default: eight random characters)")
+    run.add_argument("--run_id", type=cli.run_id, metavar="ID",
+                     help="name of the new run's folder (default: eight random characters)")  # fmt: skip
     run.add_argument("--resume", metavar="ID", help="continue this run exactly, with its options")
     run.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
     run.add_argument(
@@ -90,7 +91,7 @@ def add_optimisation_options(parser: argparse.ArgumentParser) -> argparse._Argum
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--n_epochs", type=cli.number(int, 1), default=150)
     optim.add_argument("--batch_size", type=cli.number(int, 1), default=256)
-    optim.add_argument("--lr", type=cli.number(float, 0, above=True), default=0.0009, help="peak learning rate of Adam")
-    optim.add_argument("--weight_decay", type=cli.number(float, 0), default=0.0001, help="added to the gradient")
+    optim.add_argument("--lr", type=cli.number(float, 0, above=True), default=0.0009, help="peak learning rate")
+    optim.add_argument("--weight_decay", type=cli.number(float, 0), default=0.0001, help="Adam adds it to the gradient")
     cli.add_config_arguments(parser, "schedule (epochs)", WarmupRampdown)
     return optim

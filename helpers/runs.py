@@ -7,17 +7,21 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from datasets.waveforms import Clips
 from helpers import cli
 from helpers.checkpoint import CheckpointError
 from helpers.distributed import Processes
 from helpers.logger import RunLogger
 from helpers.loop import LoopState, StoppedError, StopSignal, Update
 from helpers.options import FREE_ON_RESUME
-from helpers.report import epoch_line
+from helpers.report import epoch_line, metric_tables, write_report
 from helpers.resources import PUBLISHED_RUN, published_checkpoint
 
 log = logging.getLogger(__name__)
@@ -50,15 +54,20 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[arg
             )
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(saved, dict):
+                raise ValueError("no options")
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged ({error}): start the run again") from error
+        if saved.get("script") != parser.prog:
+            script = saved.get("script")
+            raise CheckpointError(f"run {args.resume} is one of {script}: python {script} --resume {args.resume}")
         changed = {name for name in given - FREE_ON_RESUME if getattr(args, name) != saved.get(name)}
         if changed:
             parser.error(f"{', '.join(f'--{name}' for name in sorted(changed))} cannot change when a run is resumed")
         parser.set_defaults(**{name: value for name, value in saved.items() if name in vars(args)})
         args = parser.parse_args(argv)
         given |= {name for name in ("kd_lambda", "teacher_logits") if name in saved.get("given", ())}
-    args.given = sorted(given)
+    args.given, args.script = sorted(given), parser.prog
     return args, given
 
 
@@ -85,7 +94,7 @@ def _begun(project: str) -> str | None:
     return run if (Path(project) / run / "checkpoints" / "last.pt").is_file() else None
 
 
-class OtherProcess(AbstractContextManager):
+class OtherProcess:
     """What the processes that neither log nor save have in the place of a RunLogger."""
 
     id, dir, checkpoint_dir = "", Path(), Path()
@@ -93,18 +102,22 @@ class OtherProcess(AbstractContextManager):
     def write(self, epoch: int, metrics: Mapping[str, float]) -> None:
         pass
 
-    def __exit__(self, *_exception) -> None:
-        pass
 
-
-def open_run(processes: Processes, project: str, run_id: str | None, *arguments, **options) -> RunLogger | OtherProcess:
+@contextmanager
+def open_run(
+    processes: Processes, project: str, run_id: str | None, *arguments: Any, **options: Any
+) -> Iterator[RunLogger | OtherProcess]:
     """The logger of process 0, with the arguments of `RunLogger`; the other processes have one that does nothing."""
     if not processes.is_main:
-        return OtherProcess()
-    logger = RunLogger(project, run_id, *arguments, **options)
-    if (note := _note(project)) is not None:
-        note.write_text(logger.id, encoding="utf-8")
-    return logger
+        yield OtherProcess()
+        return
+    note = _note(project)
+    with RunLogger(project, run_id, *arguments, **options) as logger:
+        if note is not None:
+            note.write_text(logger.id, encoding="utf-8")
+        yield logger
+    if note is not None:  # not after a failure: the processes that follow need it
+        note.unlink(missing_ok=True)
 
 
 def last_checkpoint(project: str, run: str) -> Path:
@@ -202,3 +215,14 @@ class Autosave:
     def _save(self, name: str) -> None:
         self.save(name)
         self.saved_at = time.monotonic()
+
+
+def final_report(run_dir: Path, metrics: Mapping[str, float], logits: Tensor, clips: Clips, note: str = "") -> str:
+    """Writes the report of a finished run, with a confusion matrix of its test part, and returns its tables.
+
+    Args:
+        logits: of the test part (clip, class).
+        note: for the top of the report.
+    """
+    write_report(run_dir, logits.argmax(dim=1).numpy(), clips.scene.cpu().numpy(), clips.meta.scenes, note=note)
+    return metric_tables(metrics)

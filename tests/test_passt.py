@@ -223,6 +223,62 @@ def test_every_parameter_but_the_unused_head_gets_a_gradient():
         assert parameter.requires_grad != unused and (parameter.grad is None) == unused, name
 
 
+EMBEDDING = {
+    "cls_token", "dist_token", "new_pos_embed", "freq_new_pos_embed", "time_new_pos_embed", "patch_embed.proj.weight",
+    "patch_embed.proj.bias",
+}  # fmt: skip
+HEAD = {"head.0.weight", "head.0.bias", "head.1.weight", "head.1.bias"}
+
+
+def learning(model: Passt) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("n_layers", [0, 1, 3, None])
+def test_frozen_layers_require_no_gradient(n_layers):
+    model = small()
+    everything = learning(model)
+    blocks = {name for name in everything if name.startswith("blocks.")}
+    assert everything == EMBEDDING | HEAD | blocks | {"norm.weight", "norm.bias"} and len(blocks) == 3 * 12
+    model.freeze_encoder(n_layers)
+    if n_layers is None:
+        assert learning(model) == HEAD
+    else:
+        kept = {name for name in blocks if int(name.split(".")[1]) < n_layers}
+        assert learning(model) == everything - EMBEDDING - kept
+    model.freeze_encoder(0)  # what was frozen before does not matter
+    assert learning(model) == everything - EMBEDDING
+
+
+@pytest.mark.parametrize(("n_layers", "moving"), [(None, HEAD), (2, {"blocks.2.attn.qkv.weight", "norm.weight"})])
+def test_a_step_moves_only_what_is_not_frozen(n_layers, moving):
+    model = small().train()
+    model.freeze_encoder(n_layers)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    wanted = learning(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)  # what has no gradient is not decayed
+    F.cross_entropy(model(wave((2, 1, 128, 60), "passt/frozen")), torch.tensor([1, 2])).backward()
+    optimizer.step()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == wanted and moving <= moved
+
+
+def test_patchout_goes_on_in_a_frozen_encoder():
+    model, x = small(s_patchout_f=5, input_tdim=60).train(), wave((2, 1, 128, 60), "passt/frozen")
+    model.freeze_encoder()
+    torch.manual_seed(0)
+    assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("n_layers", [-1, 4])
+def test_refuses_to_freeze_layers_that_are_not_there(n_layers):
+    model = small()
+    before = learning(model)
+    with pytest.raises(ValueError, match=rf"n_layers to freeze must be in 0 \.\. 3, or None for all, got {n_layers}"):
+        model.freeze_encoder(n_layers)
+    assert learning(model) == before
+
+
 def test_autocast_stays_close():
     model, x = small().eval(), wave((2, 1, 128, 60), "passt/autocast")
     with torch.autocast("cpu", dtype=torch.bfloat16):
