@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from helpers.complexity import LimitError, check_limits, count_complexity, enforce_limits, measure, table
-from helpers.quantization import convert, prepare
+from helpers.quantization import calibrate, convert, prepare
 from models import get_model
 from models.blocks import Add, ConvUnit, fold
 from models.cp_resnet import CpResnet, CpResnetConfig
@@ -248,8 +248,7 @@ def test_an_integer_network_costs_what_the_folded_one_costs_and_one_in_between_i
     prepared = prepare(model, QuantConfig())
     with pytest.raises(ValueError, match="fake quantization"):
         measure(prepared, CP_MOBILE_INPUT)
-    with torch.no_grad():
-        prepared.train()(torch.linspace(-1, 1, 256 * 64).view(1, *CP_MOBILE_INPUT))
+    calibrate(prepared, lambda: [torch.linspace(-1, 1, 256 * 64).view(1, *CP_MOBILE_INPUT)])
     folded, integer = measure(model, CP_MOBILE_INPUT).folded, measure(convert(prepared), CP_MOBILE_INPUT).folded
     assert integer.macs == folded.macs
     assert integer.n_parameters == folded.n_parameters - 2 * 6  # gamma and beta became constants
