@@ -58,8 +58,8 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[arg
                 raise ValueError("no options")
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged ({error}): start the run again") from error
-        if saved.get("script") != parser.prog:
-            script = saved.get("script")
+        script = saved.get("script", parser.prog)
+        if script != parser.prog:
             raise CheckpointError(f"run {args.resume} is one of {script}: python {script} --resume {args.resume}")
         changed = {name for name in given - FREE_ON_RESUME if getattr(args, name) != saved.get(name)}
         if changed:
