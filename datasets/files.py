@@ -1,0 +1,205 @@
+"""What every file of ours is written, locked and read with: atomic replacement, one lock, one check of the content."""
+
+import errno
+import json
+import logging
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
+log = logging.getLogger(__name__)
+
+# What flock answers on a file system without locks (some Lustre and NFS mounts).
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+TEMPORARY = re.compile(r"\.(?P<host>[A-Za-z0-9-]+)\.(?P<pid>\d+)\.tmp")
+
+
+class BusyError(OSError):
+    """Another process holds a lock; one line with the file and what to do."""
+
+
+class ContentError(ValueError):
+    """What is in a file is not what such a file holds; names the entry, without the file's name."""
+
+
+@contextmanager
+def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
+    """Opens a file that takes the place of `path` once it is written whole: readers see the old or the new content.
+
+    The content is on the disk when the block ends; when it ends with an exception, `path` is as it was. What a killed
+    process left beside `path` is removed by the next one that writes it.
+
+    Args:
+        mode: "w" (UTF-8 text) or "wb".
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    temporary = path.with_name(f"{path.name}.{_host()}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all; NaN and infinity are refused."""
+    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
+    with replacing(path) as file:
+        file.write(text + "\n")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes the temporary files of `path` whose processes, on this machine, have ended."""
+    with suppress(OSError):
+        for other in path.parent.glob(f"{_escaped(path.name)}.*.tmp"):
+            found = TEMPORARY.fullmatch(other.name[len(path.name) :])
+            if found and found["host"] == _host() and not _is_alive(int(found["pid"])):
+                other.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, what: str, wait: bool = False) -> Iterator[None]:
+    """Holds the lock file `path`, one process at a time; a killed process loses it.
+
+    On a file system without locks a marker file beside it stands in, which names its process: that of an ended process
+    on the same machine is taken over.
+
+    Args:
+        path: the lock file, made where missing and left in place.
+        what: what is in use, for messages: "run abcd1234".
+        wait: wait for the other process, and say so once; otherwise that is an error.
+
+    Raises:
+        BusyError: another process holds it, and `wait` is off.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        _acquire(lock, what, wait)
+    except BusyError:
+        raise
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        marker = path.with_name(path.name + ".held")
+        log.warning("%s: this file system has no locks (%s); %s stands in for one", path, error.strerror, marker)
+        lock = SoftFileLock(marker)
+        _acquire(lock, what, wait)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: BaseFileLock, what: str, wait: bool) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise BusyError(
+                f"{what} is in use by another process; wait until that is done, or stop it (lock: {lock.lock_file})"
+            ) from None
+        log.warning("%s is in use by another process: waiting for it (lock: %s)", what, lock.lock_file)
+        lock.acquire()
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        OSError: when it cannot be read.
+        ContentError: when it is no JSON, or nested beyond reason.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ContentError(f"no JSON ({reason})") from error
+
+
+def check_content(content: Any, schema: Mapping[str, Any], where: str = "") -> None:
+    """Compares what was read from a file with what such a file holds.
+
+    Args:
+        content: anything.
+        schema: key -> what its value must be. That is a type, a tuple of types (`type(None)` among them allows None), a
+            schema of a mapping within, a list of one of these for a list of such items, or a function that returns
+            what is wrong with a value in words, or None. A key that ends in "?" may be missing; others that the schema
+            does not name are allowed. True and False are no numbers here.
+        where: name of the mapping that is checked, for messages.
+
+    Raises:
+        ContentError: with the first entry that does not fit.
+    """
+    if not isinstance(content, Mapping):
+        raise ContentError(f"{where or 'the content'} is {_name(content)} where a mapping is needed")
+    for key, wanted in schema.items():
+        name, is_optional = key.removesuffix("?"), key.endswith("?")
+        entry = f"{where}.{name}" if where else name
+        if name in content:
+            _check_value(content[name], wanted, entry)
+        elif not is_optional:
+            raise ContentError(f"{entry} is missing")
+
+
+def _check_value(value: Any, wanted: Any, entry: str) -> None:
+    if isinstance(wanted, Mapping):
+        check_content(value, wanted, entry)
+    elif isinstance(wanted, list):
+        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+            raise ContentError(f"{entry} is {_name(value)} where a list is needed")
+        for i, item in enumerate(value):
+            _check_value(item, wanted[0], f"{entry}[{i}]")
+    elif isinstance(wanted, type | tuple):
+        kinds = wanted if isinstance(wanted, tuple) else (wanted,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise ContentError(f"{entry} is {_name(value)} where {names} is needed")
+    elif (problem := wanted(value)) is not None:
+        raise ContentError(f"{entry} {problem}")
+
+
+def matching(wanted: Callable[[Any], bool], problem: str) -> Callable[[Any], str | None]:
+    """A schema entry from a condition; `problem` is what is said of a value that fails it: "must be positive"."""
+
+    def check(value: Any) -> str | None:
+        try:
+            return None if wanted(value) else f"{problem}, is {value!r:.60}"
+        except (TypeError, ValueError, AttributeError):
+            return f"{problem}, is {_name(value)}"
+
+    return check
+
+
+def _name(value: Any) -> str:
+    return "None" if value is None else f"of type {type(value).__name__}"
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) or "host"
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([*?\[])", r"[\1]", name)
