@@ -5,10 +5,14 @@ where its forward pass computes has a module, so that the module can be exchange
 """
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class ConvUnit(nn.Sequential):
@@ -63,10 +67,15 @@ class HalfPrecision(nn.Module):
         return self.model(log_mel.half()).float()
 
 
-def fold(model: nn.Module) -> nn.Module:
+def fold(model: nn.Module, example: Tensor | None = None) -> nn.Module:
     """A copy in which every `ConvUnit` is a convolution with bias; the same function in eval mode, to rounding.
 
     State-dict names are those of the published fused networks: `<unit>.0.0.*` before a ReLU, else `<unit>.0.*`.
+
+    Args:
+        example: an input of the network, float32, on which a copy is run once to find every other convolution whose
+            result goes into a batch norm and nowhere else; those are folded too, under their own names. None folds
+            units alone.
     """
     model = copy.deepcopy(model).eval()
     for module in list(model.modules()):
@@ -74,4 +83,59 @@ def fold(model: nn.Module) -> nn.Module:
             if isinstance(child, ConvUnit):
                 conv, relu = torch.nn.utils.fuse_conv_bn_eval(child[0], child[1]), list(child)[2:]
                 setattr(module, name, nn.Sequential(nn.Sequential(conv, *relu) if relu else conv))
+    for conv, norm in [] if example is None else _convolutions_with_norm(model, example):
+        model.set_submodule(conv, torch.nn.utils.fuse_conv_bn_eval(*map(model.get_submodule, (conv, norm))))
+        model.set_submodule(norm, nn.Identity())
     return model
+
+
+@torch.no_grad()
+def _convolutions_with_norm(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
+    """Names of the convolutions, and of the norms that alone read their results; both called once."""
+    model = copy.deepcopy(model).float()
+    made_by: dict[int, str] = {}  # address of a result -> its convolution
+    pairs, calls, names = [], Counter(), {module: name for name, module in model.named_modules()}
+    reads = _Reads()
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        name = names[module]
+        calls[name] += 1
+        if isinstance(module, nn.BatchNorm2d):
+            if module.track_running_stats and (conv := made_by.get(_address(args[0]))) is not None:
+                pairs.append((conv, name, _address(args[0])))
+        else:
+            made_by[_address(output)] = name
+
+    kinds = (nn.Conv2d, nn.BatchNorm2d)
+    handles = [module.register_forward_hook(leave) for module in names if isinstance(module, kinds)]
+    try:
+        with reads:
+            result = model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    answers = {_address(tensor) for tensor in tree_leaves(result) if isinstance(tensor, Tensor)}
+    return [
+        (conv, norm)
+        for conv, norm, address in pairs
+        if calls[conv] == calls[norm] == reads.count[address] == 1 and address not in answers
+    ]
+
+
+class _Reads(TorchDispatchMode):
+    """Counts how many operations take each piece of memory, views included."""
+
+    def __init__(self):
+        super().__init__()
+        self.count: Counter[int] = Counter()
+        self._kept: list[Any] = []  # an address stands for one tensor only as long as none is freed
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.count.update({_address(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)})
+        self._kept += [value.untyped_storage() for value in tree_leaves(result) if isinstance(value, Tensor)]
+        return result
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

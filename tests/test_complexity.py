@@ -255,9 +255,53 @@ def test_an_integer_network_costs_what_the_folded_one_costs_and_one_in_between_i
     assert integer.stored_bytes < 1.1 * integer.n_parameters  # int8 weights, float16 biases
 
 
-def test_cp_resnet_has_the_published_size_and_cost():
-    cost = measure(CpResnet(CpResnetConfig()), (1, 256, 43)).trained
+def test_cp_resnet_has_the_published_size_and_cost_and_folds():
+    report = measure(CpResnet(CpResnetConfig()), (1, 256, 43))
+    cost, folded = report.trained, report.folded
     assert (cost.n_parameters, cost.arithmetic_macs, cost.macs) == (127_684, 28_839_120, 28_840_396)
+    n_channels = sum(m.num_features for m in CpResnet(CpResnetConfig()).modules() if isinstance(m, nn.BatchNorm2d))
+    assert folded.n_parameters == 127_684 - n_channels  # two parameters of each norm became one bias
+    assert folded.arithmetic_macs == cost.arithmetic_macs
+    assert not any("BatchNorm" in layer.kind for layer in folded.layers)
+
+
+def test_biases_that_folding_leaves_are_no_macs():
+    """The 2024 baseline keeps the limit as the rules count it; its folded biases would take it over."""
+    report = measure(baseline(), (1, 256, 65))
+    assert (report.trained.macs, report.folded.macs) == (29_419_156, 30_216_768)
+    assert check_limits(report) == []
+
+
+class Branches(nn.Module):
+    """Norms that must stay: of a result that is read twice, of a convolution called twice, of the answer itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.conv2, self.norm2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.conv3, self.norm3 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.conv4, self.norm4 = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        x = x + self.norm1(x)
+        x = self.norm2(self.conv2(self.conv2(x)))
+        x = self.norm4(self.conv4(x))  # folds
+        last = self.conv3(x)
+        return last, self.norm3(last)
+
+
+def test_a_convolution_is_folded_only_where_its_norm_alone_reads_it():
+    model = Branches().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.weight, 0.5, 2)
+    example = torch.randn(2, 1, 8, 8)
+    folded = fold(model, example)
+    assert [name for name, module in folded.named_modules() if isinstance(module, nn.Identity)] == ["norm4"]
+    for ours, plain in zip(folded(example), model(example), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -382,9 +426,9 @@ def test_limits_apply_to_the_folded_network_and_the_precision():
     large = measure(cp_mobile((32, 3.0, 3)), CP_MOBILE_INPUT)
     assert check_limits(large) == [
         "213,062 bytes of parameters at int8, limit 128,000",
-        "40,850,688 MACs for one clip, limit 30,000,000",
+        "40,125,412 MACs for one clip, limit 30,000,000",
     ]
-    with pytest.raises(LimitError, match=r"over the challenge's limits: 213,062 bytes .*; 40,850,688 MACs") as caught:
+    with pytest.raises(LimitError, match=r"over the challenge's limits: 213,062 bytes .*; 40,125,412 MACs") as caught:
         enforce_limits(large)
     assert "\n" not in str(caught.value)
 
