@@ -25,10 +25,10 @@ from datasets.audio import read_audio
 from datasets.tau import RECORDING_DEVICES, DataError
 from helpers import cli, parity
 from helpers.checkpoint import CheckpointError, LoadedModel, load_model
-from helpers.complexity import enforce_limits, measure
+from helpers.complexity import Report, enforce_limits, measure
 from helpers.complexity import table as complexity_table
 from helpers.data import DataConfig, load_data
-from helpers.export import example_input, write_executorch, write_onnx
+from helpers.export import activation_bytes, example_input, write_executorch, write_onnx
 from helpers.export_executorch import run_program
 from helpers.quantization import convert, float_layers, float_network, for_target
 from helpers.runs import source_checkpoint
@@ -93,7 +93,9 @@ def main(argv: list[str] | None = None) -> int:
     if loaded.precision == "int8":
         networks["int8"] = convert(loaded.model)
     shape = tuple(example_input(loaded.frontend, loaded.frontend.config.sample_rate, False).shape[1:])
-    report = measure(source.float(), shape) if loaded.precision == "fp16" else measure(source, shape)
+    # As the rules count it: before folding, which is what is left of a network that was trained in 8 bits.
+    plain = type(source)(source.config) if loaded.precision == "int8" else source.float()
+    report = measure(plain, shape)
     lines = [f"{type(source).__name__} on {shape} (channel, mel, time), one second:", complexity_table(report)]
     if "int8" in precisions:
         stored = measure(networks["int8"], shape).trained.stored_bytes
@@ -108,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     comparisons = compare_forms(loaded, networks, files, waveform, devices)
     text = f"# Parity of {path}\n\n{len(waveform)} clips; logits.\n\n{parity.table(comparisons)}\n"
     (out_dir / "parity.md").write_text(text, encoding="utf-8")
-    print(f"\n{parity.table(comparisons)}\n\n{sizes(args, files, waveform, loaded)}")
+    print(f"\n{parity.table(comparisons)}\n\n{sizes(args, files, waveform, loaded, report)}")
     print(f"\nfiles and parity.md are in {out_dir}")
     failed = [comparison.name for comparison in comparisons if not comparison.passes]
     if failed:
@@ -213,19 +215,34 @@ def compare_forms(
     return comparisons
 
 
-def sizes(args: argparse.Namespace, files: Sequence[File], waveform: Tensor, loaded: LoadedModel) -> str:
-    """Size of each file, and latency where it runs in ONNX Runtime."""
+def sizes(
+    args: argparse.Namespace, files: Sequence[File], waveform: Tensor, loaded: LoadedModel, report: Report
+) -> str:
+    """Size of each file, its memory for activations, and its latency where it runs in ONNX Runtime."""
     onnx = [file for file in files if file.path.suffix == ".onnx"] if args.latency_rounds else []
     log_mel = loaded.frontend(waveform[:1])
     inputs = [waveform if file.takes_waveform else log_mel for file in onnx]
     medians = parity.latencies([file.path for file in onnx], inputs, args.latency_rounds) if onnx else []
-    milliseconds = {file.path: f"{ms:.2f} ms" for file, ms in zip(onnx, medians, strict=True)}
-    lines = ["| file | bytes | one clip, one thread |", "|---|---|---|"]
+    milliseconds = {file.path: ms for file, ms in zip(onnx, medians, strict=True)}
+    lines = ["| file | bytes | activations, bytes | one clip, one thread |", "|---|---|---|---|"]
     for file in files:
+        network = report.folded.peak_bytes(file.precision)
+        memory = activation_bytes(network, loaded.frontend, waveform.shape[1], file.takes_waveform)
         lines.append(
-            f"| {file.path.name} | {file.path.stat().st_size:,} | {milliseconds.get(file.path, 'not measured')} |"
+            f"| {file.path.name} | {file.path.stat().st_size:,} | {memory:,} | {latency(file.path, milliseconds)} |"
         )
     return "\n".join(lines)
+
+
+def latency(path: Path, milliseconds: dict[Path, float]) -> str:
+    """Of a file in words; of one that takes waveforms also how much of it the front end is, where that was measured."""
+    if path not in milliseconds:
+        return "not measured"
+    text = f"{milliseconds[path]:.2f} ms"
+    network = path.with_name(path.name.replace("waveform_", "network_"))
+    if network != path and network in milliseconds:
+        text += f", front end {max(0.0, 1 - milliseconds[network] / milliseconds[path]):.0%}"
+    return text
 
 
 if __name__ == "__main__":

@@ -129,6 +129,11 @@ def count_complexity(model: nn.Module, input_shape: tuple[int, ...]) -> Complexi
     return Complexity(cost.n_parameters, cost.arithmetic_macs)
 
 
+def peak_values(model: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """Most activations alive at once for one input of `input_shape`, see `Cost`; of any module, a front end too."""
+    return _cost(model, input_shape, []).peak_values
+
+
 def check_limits(report: Report, precision: str = "int8") -> list[str]:
     """Says which limits a network breaks, in words with the numbers; empty when it keeps them.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from helpers.complexity import peak_values
 from helpers.errors import ExportError
 from helpers.export_executorch import export_executorch
 from helpers.export_onnx import export_onnx
@@ -70,6 +71,18 @@ def whole(network: nn.Module, frontend: nn.Module, n_samples: int, store_matrice
         return nn.Sequential(CpMelExport(frontend, n_samples, store_matrices), network).eval()
     except ValueError as error:
         raise ExportError(f"the front end does not take clips of {n_samples} samples: {error}") from error
+
+
+def activation_bytes(network_bytes: int, frontend: nn.Module, n_samples: int, with_frontend: bool) -> int:
+    """Peak activation memory of a file for one clip: the larger of its network's and, where inside, its front end's.
+
+    Args:
+        network_bytes: the network's.
+    """
+    if not with_frontend:
+        return network_bytes
+    form = whole(nn.Identity(), frontend, n_samples)
+    return max(network_bytes, 4 * peak_values(form, (n_samples,)))  # the front end computes in float32
 
 
 def write_onnx(
