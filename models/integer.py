@@ -72,6 +72,11 @@ def _float32(value: float | Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float32)
 
 
+def _fma(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """x * y + z, rounded to float32 once, as CPUs do: the product of two float32 numbers is exact in float64."""
+    return (x.double() * y.double() + z.double()).float()
+
+
 class IntConv(nn.Module):
     """Convolution of an int8 activation, or of a float one with int8 weights (the network's first layer).
 
@@ -153,8 +158,9 @@ class IntAdd(nn.Module):
         scale, zero_point = self.output
         # In the order of ONNX Runtime's kernel, on unsigned values: sums that lie between two levels round alike.
         a, b = _float32(x.scale) / scale, _float32(y.scale) / scale
-        offset = (zero_point + 128) - (a * (x.zero_point + 128) + b * (y.zero_point + 128))
-        total = (y.values.float() + 128) * b + ((x.values.float() + 128) * a + offset)
+        x_zero, y_zero = _float32(x.zero_point + 128), _float32(y.zero_point + 128)
+        offset = (zero_point + 128) - _fma(a, x_zero, b * y_zero)
+        total = _fma(x.values.float() + 128, a, _fma(y.values.float() + 128, b, offset))
         return _requantize(total, 1.0, scale, Q_MIN)._replace(zero_point=zero_point)
 
 

@@ -9,7 +9,7 @@ from helpers.quantization import convert
 from models import integer
 from models.blocks import AvgPool
 from models.integer import IntAdd, IntAvgPool, IntConv, IntGlobalMean, IntResponseNorm, QTensor, quantize
-from models.quantized import QuantConfig, Switches
+from models.quantized import QuantConfig, Switches, limit_pairs
 from tests.test_quantization import prepared, spectrograms
 
 EPS = np.float32(1e-6)
@@ -295,10 +295,13 @@ def test_pairs_of_products_fit_16_bits_with_the_reduced_range_and_not_with_the_f
     assert np.clip((x * weight).sum(), -32768, 32767) != (x * weight).sum()
 
 
-@pytest.mark.parametrize(("reduced_range", "largest"), [(True, 63), (False, 127)])
-def test_weights_are_int8_within_their_range(reduced_range, largest):
-    converted = convert(prepared(config=QuantConfig(reduced_range=reduced_range)))
-    layers = [module for module in converted.modules() if isinstance(module, IntConv)]
+@pytest.mark.parametrize(
+    ("config", "largest"),
+    [(QuantConfig(reduced_range=True), 63), (QuantConfig(limit_pairs=False), 127)],
+    ids=["reduced range", "no limit"],
+)
+def test_weights_are_int8_within_their_range(config, largest):
+    layers = [module for module in convert(prepared(config=config)).modules() if isinstance(module, IntConv)]
     assert len(layers) == 12
     overflows = 0
     for layer in layers:
@@ -306,7 +309,39 @@ def test_weights_are_int8_within_their_range(reduced_range, largest):
         per_channel = layer.weight.int().abs().amax(dim=(1, 2, 3))
         assert (per_channel == largest).all()  # every channel uses its range: scales are per channel
         overflows += largest_pair_sum(layer.weight) > 32767
-    assert (overflows == 0) == reduced_range
+    assert (overflows == 0) == config.reduced_range
+
+
+def saturating_sums(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """What vpmaddubsw and vpmaddwd make of uint8 activations (n,) and each channel of int8 weights (channel, n)."""
+    products = np.pad(x.astype(np.int64) * weight, ((0, 0), (0, weight.shape[1] % 2)))
+    pairs = products.reshape(len(weight), -1, 2).sum(axis=2)
+    return np.clip(pairs, -32768, 32767).sum(axis=1)
+
+
+@pytest.mark.parametrize("limit", [True, False])
+def test_by_default_no_pair_that_kernels_add_in_16_bits_can_overflow(limit):
+    config = QuantConfig(quantize_input=True, limit_pairs=limit)
+    layers = [module for module in convert(prepared(config=config)).modules() if isinstance(module, IntConv)]
+    rng, differing = np.random.default_rng(0), 0
+    for layer in layers:
+        if layer.groups == len(layer.weight):  # depthwise kernels add in 32 bits
+            continue
+        weight = layer.weight.permute(0, 2, 3, 1).flatten(1).numpy()  # the order that kernels read channels last in
+        n = weight.shape[1]
+        for x in (np.full(n, 255), rng.integers(0, 256, n)):
+            differing += not np.array_equal(saturating_sums(x, weight), (x * weight.astype(np.int64)).sum(axis=1))
+    assert (differing == 0) == limit
+
+
+def test_limiting_weakens_the_pairs_that_overflow_and_nothing_else():
+    weight = torch.tensor([[127, 127, 100, 28], [100, 29, -127, -127], [-127, 127, 64, 64], [-2, -127, 5, 127]])
+    expected = torch.tensor([[64, 64, 100, 28], [99, 29, -64, -64], [-127, 127, 64, 64], [-1, -127, 3, 125]])
+    assert torch.equal(limit_pairs(weight[:, :, None, None])[:, :, 0, 0], expected)
+    odd = torch.full((1, 3, 1, 3), 127)  # nine weights, channels first: the last has no partner
+    limited = limit_pairs(odd)[0, :, 0].T.flatten().tolist()
+    assert limited == [64, 64, 64, 64, 64, 64, 64, 64, 127]
+    assert torch.equal(limit_pairs(odd.float()).int(), limit_pairs(odd))
 
 
 # ---- whole networks -------------------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ def test_without_rounding_a_unit_is_the_float_unit(relu, layout):
 
 @pytest.mark.parametrize("reduced_range", [False, True])
 def test_in_eval_mode_a_unit_is_a_convolution_with_rounded_folded_weights(reduced_range):
-    unit, config = unit_of().eval(), QuantConfig(reduced_range=reduced_range)
+    unit, config = unit_of().eval(), QuantConfig(reduced_range=reduced_range, limit_pairs=False)
     fake = FakeConvUnit(copy.deepcopy(unit), config, False).eval()
     x = wave((4, 6, 9, 7), "x")
     fake.output.rounding = False
@@ -199,7 +199,7 @@ def test_in_eval_mode_a_unit_is_a_convolution_with_rounded_folded_weights(reduce
 @pytest.mark.parametrize("mode", ["learning", "frozen", "eval"])
 def test_straight_through_gradients_are_those_of_the_float_unit(mode):
     unit = unit_of()
-    fake = FakeConvUnit(copy.deepcopy(unit), FineConfig(), False)
+    fake = FakeConvUnit(copy.deepcopy(unit), FineConfig(limit_pairs=False), False)
     fake.output.rounding = False
     unit.train(mode == "learning"), fake.train(mode != "eval")
     fake.norm_frozen = mode == "frozen"
@@ -209,6 +209,23 @@ def test_straight_through_gradients_are_those_of_the_float_unit(mode):
         largest = theirs[name].abs().max()
         # Weights are off by up to half of 2^-13 of the largest, sums of 54 products by a little more.
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-3 * largest.item(), msg=name)
+
+
+def test_limited_pairs_round_alike_in_training_and_on_the_target_and_their_gradient_passes():
+    unit = unit_of(kernel=1)
+    with torch.no_grad():
+        unit[0].weight[:, :2] = unit[0].weight[:, :2].abs().amax(dim=1, keepdim=True) + 1  # pairs that overflow
+    fake = ranged(FakeConvUnit(unit, CONFIG, False), wave((4, 6, 9, 7), "x")).eval()
+    fake.output.rounding = False
+    target = fake.convert()
+    x = wave((4, 6, 9, 7), "other")
+    weight = target.weight.float() * target.weight_scale[:, None, None, None]
+    expected = F.relu(F.conv2d(x, weight, target.bias.float()))
+    torch.testing.assert_close(fake(x), expected, rtol=0, atol=1e-4)
+    assert gradients(fake, (x,))["0.weight"][:, :2].abs().sum() > 0
+    wanted = unit[0].weight * (unit[1].weight / (unit[1].running_var + unit[1].eps).sqrt())[:, None, None, None]
+    # Halving the pair would be off by half of it; wider steps keep it.
+    assert (weight - wanted).abs().max() < 0.02 * wanted.abs().max()
 
 
 def test_the_norm_learns_until_it_is_frozen():
