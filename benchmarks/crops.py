@@ -23,8 +23,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from datasets.cache import STORE_VERSION, StoreSpec, WaveformStore
+from datasets.cache import WaveformStore
 from datasets.crops import CroppedClips
+from datasets.store_spec import STORE_VERSION, StoreSpec
 from datasets.tau import Meta
 from datasets.waveforms import Clips
 from helpers.memory import keep_freed_memory

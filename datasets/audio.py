@@ -1,5 +1,7 @@
 """Reading one audio file as the published systems did: mono, resampled with soxr's HQ recipe (librosa's default)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,11 @@ from datasets.tau import DataError
 
 RESAMPLER = "soxr_hq"
 FULL_SCALE = 32768  # int16 steps per unit of amplitude
+LARGEST_SAMPLE = 8.0  # float recordings may exceed full scale, but not by 18 dB
+LOWEST_RATE, HIGHEST_RATE = 1000, 768_000  # Hz
+MAX_FRAMES_PER_BYTE = 10_000  # silence in FLAC has some 340 samples a byte; far beyond that a header lies
+BLOCK_FRAMES = 1 << 20
+EXTRACT = "extract it again"
 
 
 @dataclass(frozen=True)
@@ -22,37 +29,98 @@ class AudioFormat:
         return f"{self.n_frames} samples at {self.sample_rate} Hz"
 
 
-def read_format(path: Path) -> AudioFormat:
+def read_format(path: Path, remedy: str = EXTRACT) -> AudioFormat:
     """Sampling rate and length from the header.
 
     Raises:
-        DataError: when the file is missing or no audio.
+        DataError: when the file is missing, no audio, or has a header that cannot be true.
     """
-    try:
-        info = soundfile.info(str(path))
-    except (soundfile.SoundFileError, OSError) as error:
-        raise _unreadable(path, error) from error
-    return AudioFormat(info.samplerate, info.frames)
+    with _opened(path, remedy) as file:
+        found = AudioFormat(file.samplerate, file.frames)
+        if file.seekable():
+            return found
+        return AudioFormat(found.sample_rate, sum(map(len, _blocks(file))))  # GSM: the header does not tell
 
 
-def read_audio(path: Path, sample_rate: int, expected: AudioFormat | None = None) -> np.ndarray:
+def read_audio(path: Path, sample_rate: int, expected: AudioFormat | None = None, remedy: str = EXTRACT) -> np.ndarray:
     """Reads a file as mono float32 (sample,) in [-1, 1], resampled to `sample_rate` Hz.
 
+    Memory grows with the samples that are there, whatever the header says.
+
+    Args:
+        remedy: what the user can do about a broken file, for messages.
+
     Raises:
-        DataError: when the file is missing, no audio, cut short, or not of the `expected` format.
+        DataError: when the file is missing, no audio, cut short, not of the `expected` format, or holds samples that
+            are not finite or far beyond full scale.
     """
+    with _opened(path, remedy) as file:
+        rate, n_frames, is_seekable = file.samplerate, file.frames, file.seekable()
+        if expected is not None and (rate, n_frames) != (expected.sample_rate, expected.n_frames) and is_seekable:
+            found = AudioFormat(rate, n_frames)
+            raise DataError(f"{path} has {found}, the other clips have {expected}: all clips of a data set must agree")
+        blocks = list(_blocks(file))
+    waveform = np.concatenate(blocks) if blocks else np.zeros((0, 1), np.float32)  # (sample, channel)
+    if is_seekable and len(waveform) != n_frames:
+        raise DataError(f"{path} is cut short: {len(waveform)} of {n_frames} samples: {remedy}")
+    if expected is not None and len(waveform) != expected.n_frames:
+        raise DataError(f"{path} has {len(waveform)} samples, the other clips have {expected}: all clips must agree")
+    check_samples(path, waveform)
+    waveform = waveform[:, 0] if waveform.shape[1] == 1 else waveform.mean(axis=1)
+    return resample(waveform, rate, sample_rate)
+
+
+def check_samples(path: Path, waveform: np.ndarray) -> None:
+    """Refuses samples that no recording holds.
+
+    Raises:
+        DataError: for NaN, infinity, and floats that stand for integers.
+    """
+    if not waveform.size:
+        return
+    low, high = float(waveform.min()), float(waveform.max())  # NaN where there is one
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise DataError(f"{path} holds samples that are NaN or infinite: write it anew")
+    if max(-low, high) > LARGEST_SAMPLE:
+        raise DataError(
+            f"{path} holds samples up to {max(-low, high):g} where 1 is full scale: divide them (by 32768 where they "
+            "were 16-bit integers) and write it anew"
+        )
+
+
+@contextmanager
+def _opened(path: Path, remedy: str) -> Iterator[soundfile.SoundFile]:
+    """An audio file whose header has been looked at.
+
+    Raises:
+        DataError: when the file is missing, no audio, or has a header that cannot be true; from the block too.
+    """
+    if not path.exists():
+        raise DataError(f"{path} is missing: {remedy} (`python run_dataset.py check` lists all)")
+    if not path.is_file():  # opening a pipe would wait for somebody to write
+        raise DataError(f"{path} is no regular file: remove it, or put the recording in its place")
     try:
         with soundfile.SoundFile(str(path)) as file:
-            found = AudioFormat(file.samplerate, file.frames)
-            waveform = file.read(dtype="float32", always_2d=True)  # (sample, channel)
-    except (soundfile.SoundFileError, OSError) as error:
-        raise _unreadable(path, error) from error
-    if len(waveform) != found.n_frames:
-        raise DataError(f"{path} is cut short: {len(waveform)} of {found.n_frames} samples: extract it again")
-    if expected is not None and found != expected:
-        raise DataError(f"{path} has {found}, the other clips have {expected}: all clips of a data set must agree")
-    waveform = waveform[:, 0] if waveform.shape[1] == 1 else waveform.mean(axis=1)
-    return resample(waveform, found.sample_rate, sample_rate)
+            if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:
+                raise DataError(
+                    f"{path} has a rate of {file.samplerate} Hz, which no recording has ({LOWEST_RATE} .. "
+                    f"{HIGHEST_RATE}): {remedy}"
+                )
+            if file.seekable() and file.frames > MAX_FRAMES_PER_BYTE * path.stat().st_size:
+                raise DataError(f"{path} cannot hold the {file.frames} samples that its header tells of: {remedy}")
+            yield file
+    except DataError:
+        raise
+    # What soundfile raises for damaged files: its own errors, and those of its own checks.
+    except (soundfile.SoundFileError, OSError, ValueError, TypeError, RuntimeError, AssertionError) as error:
+        reason = str(error).rstrip(".").rsplit(": ", 1)[-1] or type(error).__name__
+        raise DataError(f"{path} cannot be read as audio ({reason}): {remedy}") from error
+
+
+def _blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
+    """The samples that are there, (sample, channel) float32, a piece at a time."""
+    while len(block := file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
+        yield block
 
 
 def resample(waveform: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
@@ -71,10 +139,3 @@ def resampled_length(n_frames: int, rate: int, new_rate: int) -> int:
 def to_int16(waveform: np.ndarray) -> np.ndarray:
     """Rounds to 16 bits; what resampling lifted above full scale is clipped."""
     return np.clip(np.rint(waveform * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    if not path.exists():
-        return DataError(f"{path} is missing: extract the data set again (`python run_dataset.py check` lists all)")
-    reason = str(error).rstrip(".").rsplit(": ", 1)[-1]
-    return DataError(f"{path} cannot be read as audio ({reason}): extract it again")

@@ -28,6 +28,7 @@ from datasets.tau import (
 from datasets.teacher_logits import read_teacher_logits
 from datasets.waveforms import Clips
 from helpers.augment import AugmentConfig, build_augment
+from helpers.distributed import local_rank
 from helpers.resources import RESOURCES, micirp_folder, subset_file, teacher_logits_file
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,8 @@ def load_data(config: DataConfig, sample_rate: int, seed: int) -> Data:
     both = np.intersect1d(rows, test)
     if len(both):
         raise DataError(f"{len(both)} clips are in the training and in the test part, first {meta.files[both[0]]}")
-    store = open_store(meta, sample_rate, config.cache_path)
+    # Under torchrun the first process of a machine has been here before the others.
+    store = open_store(meta, sample_rate, config.cache_path, checked=local_rank() not in (None, 0))
     return Data(
         meta=meta,
         store=store,

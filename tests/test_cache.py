@@ -13,9 +13,10 @@ import pytest
 import soundfile
 import torch
 
-from datasets import cache
+from datasets import cache, store_build, store_spec
 from datasets.audio import read_audio, to_int16
-from datasets.cache import find_problem, make_spec, open_store
+from datasets.cache import find_problem, open_store
+from datasets.store_spec import make_spec
 from datasets.tau import DataError, read_meta, segment_order
 
 
@@ -153,14 +154,14 @@ def test_a_killed_build_goes_on_where_it_stopped(tau, tmp_path, monkeypatch):
     script = textwrap.dedent(
         f"""
         import time
-        from datasets import audio, cache
+        from datasets import cache, store_build, store_spec
         from datasets.tau import read_meta
-        cache.BLOCK_ROWS = 4
-        slow = cache.read_audio
+        store_spec.BLOCK_ROWS = 4
+        slow = store_build.read_audio
         def read_audio(*arguments):
             time.sleep(0.02)
             return slow(*arguments)
-        cache.read_audio = read_audio
+        store_build.read_audio = read_audio
         cache.open_store(read_meta({str(tau.root)!r}), 32000, {str(tmp_path)!r}, progress=False)
         """
     )
@@ -175,16 +176,17 @@ def test_a_killed_build_goes_on_where_it_stopped(tau, tmp_path, monkeypatch):
     n_done = n_journal_lines(tmp_path) - 1
     assert 0 < n_done < 18
 
-    monkeypatch.setattr(cache, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(store_spec, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(store_build, "N_SPOT_CHECKS", 2)
     read = []
-    monkeypatch.setattr(cache, "read_audio", lambda path, *rest: read.append(path) or read_audio(path, *rest))
+    monkeypatch.setattr(store_build, "read_audio", lambda path, *rest: read.append(path) or read_audio(path, *rest))
     store = open_quietly(tau.root, tmp_path)
-    assert len(read) <= 72 - 4 * n_done
+    assert len(read) <= 72 - 4 * n_done + 2
     meta = read_meta(tau.root)
     for file in meta.files[[0, 30, 71]]:
         expected = to_int16(read_audio(tau.root / file, 32000))
         np.testing.assert_array_equal(store.read(store.rows([file]))[0], expected)
-    assert find_problem(store.folder, make_spec(meta, 32000), verify=True) is None
+    assert find_problem(store.folder, *make_spec(meta, 32000), verify=True) is None
 
 
 def n_journal_lines(cache_path: Path) -> int:

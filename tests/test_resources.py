@@ -67,7 +67,7 @@ def test_data_efficient_splits_have_the_published_sizes(shared, tmp_path, monkey
         def rows(self, files):
             return np.arange(len(files))
 
-    monkeypatch.setattr(data_module, "open_store", lambda *_: NoAudio())
+    monkeypatch.setattr(data_module, "open_store", lambda *_, **__: NoAudio())
     monkeypatch.setattr(data_module, "subset_file", lambda subset: tmp_path / f"split{subset}.csv")
     for subset, n_clips in ((5, 6_980), (25, 34_900), (100, 139_620)):
         parts = load_data(DataConfig(dataset_dir=str(root), subset=subset), 32000, seed=0)
