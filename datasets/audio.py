@@ -14,7 +14,7 @@ from datasets.tau import DataError
 RESAMPLER = "soxr_hq"
 FULL_SCALE = 32768  # int16 steps per unit of amplitude
 LARGEST_SAMPLE = 8.0  # float recordings may exceed full scale, but not by 18 dB
-LOWEST_RATE, HIGHEST_RATE = 1000, 768_000  # Hz
+LOWEST_RATE, HIGHEST_RATE = 100, 768_000  # Hz
 MAX_FRAMES_PER_BYTE = 10_000  # silence in FLAC has some 340 samples a byte; far beyond that a header lies
 BLOCK_FRAMES = 1 << 20
 EXTRACT = "extract it again"
