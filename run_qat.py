@@ -36,7 +36,7 @@ from helpers.checkpoint import (
     save_checkpoint,
     training_state,
 )
-from helpers.data import DataConfig, load_augment, load_data, load_teacher, place_on_device
+from helpers.data import DataConfig, data_digests, load_augment, load_data, load_teacher, place_on_device
 from helpers.distributed import join_processes
 from helpers.export import write_onnx
 from helpers.loop import LoopState, Precision, StopSignal, Update, epoch_batches, evaluate, predict, train_one_epoch
@@ -51,7 +51,16 @@ from helpers.options import (
     add_run_options,
 )
 from helpers.quantization import calibrate, for_target, freeze, prepare, rounding_off
-from helpers.runs import Autosave, final_report, last_checkpoint, open_run, parse_options, source_checkpoint
+from helpers.runs import (
+    Autosave,
+    check_data,
+    final_report,
+    last_checkpoint,
+    open_run,
+    parse_options,
+    resume_command,
+    source_checkpoint,
+)
 from helpers.schedule import WarmupRampdown
 from models import FRONTENDS, MODELS
 from models.quantized import QuantConfig
@@ -102,7 +111,7 @@ def network_options() -> list[tuple[str, type, dict[str, str]]]:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = make_parser()
-    args, given = parse_options(parser, sys.argv[1:] if argv is None else argv)
+    args, given = parse_options(parser, sys.argv[1:] if argv is None else argv, changeable=["lr"])
     device = cli.torch_device(parser, args.torch_device)
     torch.manual_seed(args.seed)
     if device.type == "cpu":
@@ -135,6 +144,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             temperature, mask_value = args.temperature if has_teacher else None, type(frontend).mask_value
             with cli.option_errors(parser):
                 augment = load_augment(augment_config, data, data_config, mask_value, temperature).to(device)
+        digests = data_digests(data, data_config, augment_config if trains else None)
+        if args.resume:
+            check_data(path, source.content, digests, args.resume_anyway)
     processes.check_clips(len(data.train), len(data.test), args.batch_size)
     if trains:
         place_on_device(data.train, args.data_on_device, device)
@@ -144,8 +156,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         for batch in batches(data.train, order, args.batch_size, device, n_ahead=args.num_workers):
             yield frontend.eval()(batch.waveform)
 
-    def scores(network: torch.nn.Module, prefix: str = "") -> dict[str, float]:
-        return evaluate(network, frontend, data, args.batch_size, device, args.num_workers, processes, prefix)
+    def scores(network: torch.nn.Module, prefix: str = "", after_batch: Autosave | None = None) -> dict[str, float]:
+        return evaluate(
+            network, frontend, data, args.batch_size, device, args.num_workers, processes, prefix, after_batch
+        )
 
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     source.model.to(device, memory_format=memory_format)
@@ -180,7 +194,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         def save(name: str) -> None:
             training = training_state(update, state, device)
             if processes.is_main:
-                content = describe_run(model, frontend, data.meta, data.store.n_samples, vars(args))
+                content = describe_run(model, frontend, data.meta, data.store.n_samples, vars(args), digests)
                 quantization = {
                     "precision": args.precision,
                     "quantization": asdict(quant_config) if args.precision == "int8" else None,
@@ -190,13 +204,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
         def target_scores() -> dict[str, float]:
             """Scores of the network as the target computes it, and of its weights in float32."""
-            metrics = scores(for_target(model, args.precision))
+            metrics = scores(for_target(model, args.precision), after_batch=autosave)
             if args.precision == "int8":
                 with rounding_off(model):
-                    metrics |= scores(model, "fp32/")
+                    metrics |= scores(model, "fp32/", autosave)
             return metrics
 
-        resume = f"python run_qat.py --project_name {args.project_name} --resume {logger.id}"
+        resume = resume_command("run_qat.py", args.project_name, logger.id)
         autosave = Autosave(save, args.save_minutes, stop, state, update, resume)
         if not args.resume:
             save("last.pt")  # from here on a killed run can be resumed
@@ -222,7 +236,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             state.finish_epoch()
             save("last.pt")
         target = for_target(model, args.precision)
-        logits = predict(target, frontend, data.test, args.batch_size, device, args.num_workers, processes)
+        logits = predict(target, frontend, data.test, args.batch_size, device, args.num_workers, processes, autosave)
         if processes.is_main:
             note = SYNTHETIC_NOTICE if args.dataset == "synthetic" else ""
             print(final_report(logger.dir, metrics, logits, data.test, note))

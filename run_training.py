@@ -21,7 +21,15 @@ from helpers import cli
 from helpers.augment import AugmentConfig
 from helpers.checkpoint import describe_run, load_checkpoint, restore_training, save_checkpoint, training_state
 from helpers.complexity import Report, enforce_limits, measure, table
-from helpers.data import DataConfig, check_n_classes, load_augment, load_data, load_teacher, place_on_device
+from helpers.data import (
+    DataConfig,
+    check_n_classes,
+    data_digests,
+    load_augment,
+    load_data,
+    load_teacher,
+    place_on_device,
+)
 from helpers.distributed import join_processes
 from helpers.loop import (
     LoopState,
@@ -46,7 +54,15 @@ from helpers.options import (
     add_precision_options,
     add_run_options,
 )
-from helpers.runs import Autosave, final_report, last_checkpoint, open_run, parse_options
+from helpers.runs import (
+    Autosave,
+    check_data,
+    final_report,
+    last_checkpoint,
+    open_run,
+    parse_options,
+    resume_command,
+)
 from helpers.schedule import WarmupRampdown
 from models import FRONTENDS, MODELS
 
@@ -105,6 +121,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         with cli.option_errors(parser):
             temperature = args.temperature if has_teacher else None
             augment = load_augment(augment_config, data, data_config, Frontend.mask_value, temperature).to(device)
+        digests = data_digests(data, data_config, augment_config)
+        if checkpoint is not None:
+            check_data(path, checkpoint, digests, args.resume_anyway)
     processes.check_clips(len(data.train), len(data.test), args.batch_size)
     place_on_device(data.train, args.data_on_device, device)
     with cli.option_errors(parser):
@@ -137,10 +156,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         def save(name: str) -> None:
             training = training_state(update, state, device)
             if processes.is_main:
-                content = describe_run(model, frontend, data.meta, data.store.n_samples, vars(args))
+                content = describe_run(model, frontend, data.meta, data.store.n_samples, vars(args), digests)
                 save_checkpoint(logger.checkpoint_dir / name, content | training)
 
-        resume = f"python run_training.py --project_name {args.project_name} --resume {logger.id}"
+        resume = resume_command("run_training.py", args.project_name, logger.id)
         autosave = Autosave(save, args.save_minutes, stop, state, update, resume)
         if checkpoint is None:
             save("last.pt")  # from here on a killed run can be resumed
@@ -151,10 +170,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             n_clips = len(data.train)
             metrics = train_one_epoch(forward, frontend, augment, loss_fn, loader, update, state, autosave, n_clips)
             if state.epoch + 1 == args.n_epochs or (state.epoch + 1) % args.eval_every == 0:
-                metrics |= evaluate(compiled, frontend, data, args.batch_size, device, args.num_workers, processes)
+                metrics |= evaluate(
+                    compiled, frontend, data, args.batch_size, device, args.num_workers, processes, after_batch=autosave
+                )
             autosave.finish_epoch(metrics, logger)
 
-        logits = predict(compiled, frontend, data.test, args.batch_size, device, args.num_workers, processes)
+        logits = predict(compiled, frontend, data.test, args.batch_size, device, args.num_workers, processes, autosave)
         metrics |= {f"test/{key}": value for key, value in score(data.test, logits, data.groups).items()}
         if processes.is_main:
             note = SYNTHETIC_NOTICE if args.dataset == "synthetic" else ""

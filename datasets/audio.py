@@ -96,9 +96,10 @@ def _opened(path: Path, remedy: str) -> Iterator[soundfile.SoundFile]:
         DataError: when the file is missing, no audio, or has a header that cannot be true; from the block too.
     """
     if not path.exists():
-        raise DataError(f"{path} is missing: {remedy} (`python run_dataset.py check` lists all)")
+        listing = " (`python run_dataset.py check` lists all)" if remedy == EXTRACT else ""
+        raise DataError(f"{path} is missing: {remedy}{listing}")
     if not path.is_file():  # opening a pipe would wait for somebody to write
-        raise DataError(f"{path} is no regular file: remove it, or put the recording in its place")
+        raise DataError(f"{path} is no regular file: {remedy}")
     try:
         with soundfile.SoundFile(str(path)) as file:
             if not LOWEST_RATE <= file.samplerate <= HIGHEST_RATE:

@@ -38,6 +38,11 @@ class WaveformStore:
         self.waveforms = np.memmap(folder / "waveforms.i16", np.int16, "r", shape=(len(spec.files), spec.n_samples))
         self._row_of = {file: row for row, file in enumerate(spec.files)}
 
+    def source_checksums(self, rows: np.ndarray) -> list[int]:
+        """Checksums of the audio files that rows (n,) were made from; empty for a store without them."""
+        checksums = read_manifest(self.folder).get("source_checksums", [])
+        return [checksums[row] for row in rows] if checksums else []
+
     def rows(self, files: np.ndarray) -> np.ndarray:
         """Rows (n,) of the named clips.
 

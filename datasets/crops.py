@@ -40,8 +40,8 @@ class CroppedClips(Clips):
 
     def __init__(self, meta: Meta, rows: np.ndarray, store: WaveformStore, teacher_logits: np.ndarray | None = None):
         super().__init__(meta, rows, store, teacher_logits)
-        by_row = np.argsort(self._store_rows)  # rank in the store -> position in this part
-        self._resident_rows = self._store_rows[by_row]
+        by_row = np.argsort(self.store_rows)  # rank in the store -> position in this part
+        self._resident_rows = self.store_rows[by_row]
         first, length = find_runs(self._resident_rows, self.files[by_row])
         rank = np.empty_like(by_row)
         rank[by_row] = np.arange(len(by_row))

@@ -16,6 +16,7 @@ from datasets.tau import DataError
 MICIRP_URL = (
     "https://raw.githubusercontent.com/fschmid56/cpjku_dcase23/2e20abaa64264f227c50696e5a43d4c706543ff4/datasets/dirs"
 )
+REMEDY = "remove it from the folder of --dirs_path, or put a good one in its place"
 
 
 def read_impulse_responses(folder: Path | str, sample_rate: int) -> list[np.ndarray]:
@@ -24,15 +25,23 @@ def read_impulse_responses(folder: Path | str, sample_rate: int) -> list[np.ndar
     Raises:
         DataError: when the folder is missing or holds no wav file, or a file cannot be read or is silent.
     """
-    folder = Path(folder)
-    files = sorted(folder.rglob("*.wav"))
+    responses = [read_audio(file, sample_rate, remedy=REMEDY) for file in response_files(folder)]
+    for file, response in zip(response_files(folder), responses, strict=True):
+        if not np.any(response):
+            raise DataError(f"{file} is silent or empty, an impulse response must hold samples: {REMEDY}")
+    return responses
+
+
+def response_files(folder: Path | str) -> list[Path]:
+    """Every wav file below `folder`, in sorted order; what systems leave beside files (._x.wav of a Mac) is none.
+
+    Raises:
+        DataError: when there is none.
+    """
+    files = sorted(file for file in Path(folder).rglob("*.wav") if not file.name.startswith(".") and not file.is_dir())
     if not files:
         raise DataError(
             f"{folder} holds no impulse responses (*.wav): name their folder with --dirs_path, or train without them "
             "(--dir_prob 0)"
         )
-    responses = [read_audio(file, sample_rate) for file in files]
-    for file, response in zip(files, responses, strict=True):
-        if not np.any(response):
-            raise DataError(f"{file} is silent or empty: an impulse response must hold samples")
-    return responses
+    return files

@@ -57,8 +57,8 @@ class Clips:
         self.city = torch.from_numpy(meta.city[rows])
         self.teacher_logits = None if teacher_logits is None else torch.as_tensor(teacher_logits)
         self.store = store
-        self._store_rows = None if store is None else store.rows(self.files)
-        self._resident_rows = self._store_rows  # in the order in which `load_onto` keeps them
+        self.store_rows = None if store is None else store.rows(self.files)
+        self._resident_rows = self.store_rows  # in the order in which `load_onto` keeps them
         self._on_device: Tensor | None = None
 
     def __len__(self) -> int:
@@ -96,7 +96,7 @@ class Clips:
     def _waveform(self, index: Tensor) -> Tensor:
         """Waveforms (batch, sample) int16 of the items at `index`."""
         if self._on_device is None:
-            return torch.from_numpy(self.store.read(self._store_rows[index.numpy()]))
+            return torch.from_numpy(self.store.read(self.store_rows[index.numpy()]))
         return self._on_device[index]
 
     def _teacher_logits(self, index: Tensor) -> Tensor:

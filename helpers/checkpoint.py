@@ -7,9 +7,6 @@ of others are read too, see helpers/published.py.
 """
 
 import logging
-import os
-import pickle
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,8 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from datasets.files import ContentError, check_content, matching, replacing
 from datasets.tau import SCENES, Meta
-from helpers.loop import LoopState, Update
+from datasets.torch_file import read_torch_file
+from helpers.loop import LoopState, NonFiniteLossError, Update
 from helpers.published import ForeignError, recognise
 from helpers.quantization import prepare
 from models import FRONTENDS, MODELS, get_frontend, get_model
@@ -30,6 +29,45 @@ from models.teachers import FRONTEND_OF
 log = logging.getLogger(__name__)
 
 FORMAT = "low-complexity ASC checkpoint 1"
+
+STATE = matching(
+    lambda state: all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()),
+    "must hold tensors by name",
+)
+PART = {"name": str, "config": {}, "state": STATE}
+COUNT = matching(lambda n: type(n) is int and n >= 0, "must be a whole number")
+# What a file of ours holds; what one of today has and older ones have not ends in "?".
+SCHEMA = {
+    "model": PART,
+    "frontend": PART,
+    "scenes": [str],
+    "recording_devices?": [str],
+    "clip_samples?": matching(lambda n: type(n) is int and 0 < n < 1 << 31, "must be a number of samples"),
+    "options?": {},
+    "precision?": matching(lambda name: name in ("fp32", "int8", "fp16"), "must be fp32, int8 or fp16"),
+    "quantization?": (dict, type(None)),
+    "source_scores?": matching(
+        lambda scores: all(isinstance(k, str) and isinstance(v, int | float) for k, v in scores.items()),
+        "must hold numbers by name",
+    ),
+    "data?": matching(
+        lambda digests: all(isinstance(k, str) and isinstance(v, str) for k, v in digests.items()),
+        "must hold digests by name",
+    ),
+}
+TRAINING_SCHEMA = {
+    "optimizer": {"state": {}, "param_groups": [{"lr": (int, float), "params": [int]}]},
+    "scaler": {},
+    "loop": {
+        "epoch": COUNT,
+        "step": COUNT,
+        "n_clips": COUNT,
+        "sums": (torch.Tensor, type(None)),
+        "names": [str],
+        "best": (int, float),
+    },
+    "rng": [{"cpu": torch.Tensor, "cuda": (torch.Tensor, type(None))}],
+}
 
 
 class CheckpointError(ValueError):
@@ -53,17 +91,8 @@ def describe(part: nn.Module, table: Mapping[str, tuple[type, type]]) -> dict[st
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """Writes atomically: a temporary file beside it, flushed to the disk, then renamed over what was there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            _save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path, "wb") as file:
+        _save(content, file)
 
 
 def _save(content: Mapping[str, Any], file) -> None:
@@ -86,15 +115,23 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
 
 
 def describe_run(
-    model: nn.Module, frontend: nn.Module, meta: Meta, n_samples: int, options: Mapping[str, Any]
-) -> dict[str, Any]:
+    model: nn.Module, frontend: nn.Module, meta: Meta, n_samples: int, options: Mapping[str, Any],
+    digests: Mapping[str, str],
+) -> dict[str, Any]:  # fmt: skip
     """What a checkpoint of every script holds beside the state of training.
 
     Args:
         n_samples: length of a clip.
         options: the resolved ones of the script.
+        digests: of the data, from `helpers.data.data_digests`.
+
+    Raises:
+        NonFiniteLossError: for weights or running statistics that are not finite, so that nothing good is replaced.
     """
+    if not_finite(model.state_dict()) is not None:
+        raise NonFiniteLossError("the weights are", options["lr"])
     return {
+        "data": dict(digests),
         "model": describe(model, MODELS),
         "frontend": describe(frontend, FRONTENDS),
         "scenes": list(meta.scenes),
@@ -105,7 +142,18 @@ def describe_run(
 
 
 def training_state(update: Update, loop: LoopState, device: torch.device) -> dict[str, Any]:
-    """Everything beside the network that an exact continuation needs; all processes must call it together."""
+    """Everything beside the network that an exact continuation needs; all processes must call it together.
+
+    Raises:
+        NonFiniteLossError: when weights or averages of the optimizer are not finite, so that nothing good is replaced.
+    """
+    loop.check_finite(update.lr)
+    optimizer = update.optimizer
+    averages = [value for state in optimizer.state.values() for value in state.values()]
+    weights = [value for group in optimizer.param_groups for value in group["params"]]
+    tensors = [value for value in (*weights, *averages) if isinstance(value, torch.Tensor)]
+    if not_finite({str(i): value.detach() for i, value in enumerate(tensors)}) is not None:
+        raise NonFiniteLossError("the weights are", update.lr, loop.epoch)
     rng = {
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -157,7 +205,7 @@ def restore_training(
             torch.set_rng_state(rng["cpu"])
             if device.type == "cuda" and rng["cuda"] is not None:
                 torch.cuda.set_rng_state(rng["cuda"], device)
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} does not fit this run: {error}") from error
 
 
@@ -219,8 +267,12 @@ def build_part(
         if what := differences(part["state"], built.state_dict()):
             raise ValueError(what)
         built.load_state_dict(part["state"])
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError, MemoryError) as error:
         raise CheckpointError(f"{path} does not fit the network it describes: {error}") from error
+    if (name := not_finite(built.state_dict())) is not None:
+        raise CheckpointError(
+            f"{path} holds weights that are NaN or infinite, first in {name}: take another checkpoint"
+        )
     return built
 
 
@@ -228,18 +280,34 @@ def load_file(path: Path) -> dict[str, Any]:
     """What is in a checkpoint of anybody, on the CPU; no code of the file is run.
 
     Raises:
-        CheckpointError: when it is missing, damaged, or no dict.
+        CheckpointError: when it is missing, damaged, no dict, or one of ours with entries that no such file has.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: no such checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} cannot be loaded, it is damaged or no checkpoint ({reason})") from error
+        content = read_torch_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: no such checkpoint") from error
+    except ContentError as error:
+        raise CheckpointError(f"{path} {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no checkpoint but a {type(content).__name__}")
+    if content.get("format") == FORMAT:
+        try:
+            check_content(content, SCHEMA)
+            if "loop" in content:
+                check_content(content, TRAINING_SCHEMA)
+        except ContentError as error:
+            raise CheckpointError(
+                f"{path} is no whole checkpoint of this project ({error}): take another one"
+            ) from error
     return content
+
+
+def not_finite(state: Mapping[str, torch.Tensor]) -> str | None:
+    """Name of the first tensor that holds NaN or infinity; None where all is well."""
+    floats = {name: value for name, value in state.items() if value.is_floating_point()}
+    if not floats or bool(torch.stack([value.isfinite().all() for value in floats.values()]).all()):
+        return None  # one answer of the device instead of one for each tensor
+    return next(name for name, value in floats.items() if not bool(value.isfinite().all()))
 
 
 def _plain(value: Any) -> Any:

@@ -18,13 +18,14 @@ from helpers.complexity import LimitError
 from helpers.distributed import local_rank
 from helpers.errors import ExportError
 from helpers.logger import RUN_ID
-from helpers.loop import NonFiniteLossError, StoppedError
+from helpers.loop import NonFiniteLogitsError, NonFiniteLossError, StoppedError
 from helpers.quantization import QuantizationError
 
 USAGE_ERROR = 2
 # What the user can mend; each is one line that says how.
 USER_ERRORS = (
-    DataError, CheckpointError, NonFiniteLossError, QuantizationError, LimitError, ExportError, OSError,
+    DataError, CheckpointError, NonFiniteLossError, NonFiniteLogitsError, QuantizationError, LimitError, ExportError,
+    OSError,
 )  # fmt: skip
 
 
@@ -40,6 +41,11 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None = None, **options: Any):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False, **options)
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.option_strings and "" in arg_strings:  # an unset shell variable: never taken for "no such option"
+            raise argparse.ArgumentError(action, "is empty: name something, or leave the option away")
+        return super()._get_values(action, arg_strings)
 
     def error(self, message: str) -> NoReturn:
         _say(f"error: {message} (--help lists all options)")

@@ -1,8 +1,10 @@
 """From options to the parts of a data set: what every training and scoring script needs before its loop."""
 
+import hashlib
 import logging
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 from datasets.cache import WaveformStore, open_store
-from datasets.impulse_responses import read_impulse_responses
+from datasets.impulse_responses import read_impulse_responses, response_files
 from datasets.synthetic import SYNTHETIC_NOTICE, write_synthetic
 from datasets.tau import (
     SUBSETS,
@@ -150,13 +152,7 @@ def load_responses(
     meta = data.meta
     if config.dir_prob == 0:
         return [], None
-    if config.dirs_path is not None:
-        folder = Path(config.dirs_path)
-    elif data_config.dataset == "synthetic":
-        folder = meta.root / "dirs"
-    else:
-        folder = micirp_folder()
-    responses = read_impulse_responses(folder, data.store.sample_rate)
+    responses = read_impulse_responses(responses_folder(config, data, data_config), data.store.sample_rate)
     if config.dir_devices == "all":
         return responses, None
     if config.dir_devices == "auto":
@@ -170,6 +166,13 @@ def load_responses(
             f"--dir_devices names {', '.join(unknown)}; the data set has {', '.join(meta.recording_devices)}"
         )
     return responses, [meta.recording_devices.index(name) for name in names]
+
+
+def responses_folder(config: AugmentConfig, data: Data, data_config: DataConfig) -> Path:
+    """The folder of the impulse responses: as named, else the embedded data set's own, else MicIRP's, fetched."""
+    if config.dirs_path is not None:
+        return Path(config.dirs_path)
+    return data.meta.root / "dirs" if data_config.dataset == "synthetic" else micirp_folder()
 
 
 def load_teacher(data: Data, kd_lambda: float, path: str | None, demanded: bool) -> bool:
@@ -198,6 +201,39 @@ def load_teacher(data: Data, kd_lambda: float, path: str | None, demanded: bool)
     logits = read_teacher_logits(path or teacher_logits_file(), data.meta, data.train.rows, subset_file)
     data.train.teacher_logits = torch.from_numpy(logits)
     return True
+
+
+def data_digests(data: Data, config: DataConfig, augment: AugmentConfig | None = None) -> dict[str, str]:
+    """What a run is trained and scored on, in short: part -> digest; the folders that it lies in do not matter.
+
+    Args:
+        augment: whose impulse responses count; None for a run without training.
+    """
+    meta = data.meta
+    digests = {"scenes": ", ".join(meta.scenes)}
+    for name, clips in (("training clips", data.train), ("held-out clips", data.val), ("test clips", data.test)):
+        if clips is not None:
+            labels = [[meta.scenes[i] for i in meta.scene[clips.rows]], meta.recording_device[clips.rows].tolist()]
+            digests[name] = _digest(repr([clips.files.tolist(), *labels]).encode())
+            digests[f"audio of the {name}"] = _digest(repr(data.store.source_checksums(clips.store_rows)).encode())
+    digests["length and rate of a clip"] = f"{data.store.n_samples} samples at {data.store.sample_rate} Hz"
+    if data.train.teacher_logits is not None:
+        digests["teacher logits"] = _digest(data.train.teacher_logits.cpu().numpy().tobytes())
+    if augment is not None and augment.dir_prob > 0:
+        files = response_files(responses_folder(augment, data, config))
+        digests["impulse responses"] = _digest(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
+    return digests
+
+
+def changed_data(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Names what is not what it was, of two `data_digests`; what people can read with both values."""
+    names = [name for name in dict.fromkeys([*then, *now]) if then.get(name) != now.get(name)]
+    readable = {"scenes", "length and rate of a clip"}
+    return [f"{name} ({then.get(name)}; now {now.get(name)})" if name in readable else name for name in names]
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def place_on_device(clips: Clips, mode: str, device: torch.device) -> bool:

@@ -17,11 +17,13 @@ import string
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path, PurePath
 from typing import Any
+
+from datasets.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -194,16 +196,17 @@ class RunLogger:
             raise ValueError(f"run id must be letters, digits, '.', '_' or '-', with no path separator, got {run_id!r}")
 
         project = Path(project_name)
-        self.id = run_id or _new_id(project)
+        self.id = run_id or new_id(project)
         self.dir = project / self.id
         self.checkpoint_dir = self.dir / "checkpoints"
         if resume_epoch is None and (self.dir / "options.json").exists():
             raise FileExistsError(f"run {self.id} already exists in {project}: resume it, or choose another id")
 
         self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-        options = _plain(options)
+        self._options = options = _plain(options)
         if not (self.dir / "options.json").exists():
-            _write_atomically(self.dir / "options.json", json.dumps(options, indent=2, allow_nan=False) + "\n")
+            with replacing(self.dir / "options.json") as file:
+                file.write(json.dumps(options, indent=2, allow_nan=False) + "\n")
         self._metrics = self.dir / "metrics.jsonl"
         self._last_epoch = -1
         if resume_epoch is not None and self._metrics.exists():
@@ -211,6 +214,16 @@ class RunLogger:
 
         run = Run(self.dir, self.id, project.resolve().name, experiment_name, options, resume_epoch)
         self._backends = [LOGGERS[name](run) for name in dict.fromkeys(backends)]
+
+    def keep_options(self, names: Collection[str]) -> None:
+        """Writes the values that a resumed run was given anew into `options.json`, for the next time."""
+        path = self.dir / "options.json"
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        changed = {name: self._options[name] for name in names if self._options.get(name) != saved.get(name)}
+        if changed:
+            log.info("from epoch %d on: %s", self._last_epoch + 1, ", ".join(f"{k} {v}" for k, v in changed.items()))
+            with replacing(path) as file:
+                file.write(json.dumps(saved | changed, indent=2, allow_nan=False) + "\n")
 
     def write(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Appends the metrics of an epoch; they are on disk when this returns. NaN and infinity become null.
@@ -243,7 +256,7 @@ class RunLogger:
         self.close(failed=kind is not None)
 
 
-def _new_id(project: Path) -> str:
+def new_id(project: Path) -> str:
     """Draws an id in W&B's form, eight lower-case letters and digits, that no run of the project has yet."""
     while True:
         # The operating system's generator: a seeded one would give every run of a recipe the same id.
@@ -260,24 +273,15 @@ def _drop_epochs_from(path: Path, epoch: int) -> int:
     kept, last = [], -1
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     for line in lines:
-        with suppress(ValueError, TypeError, KeyError):  # no JSON, no object, or no epoch: half a line
+        with suppress(ValueError, TypeError, LookupError, RecursionError):  # no JSON, no epoch: half a line
             if line.endswith("\n") and last < (found := json.loads(line)["epoch"]) < epoch:
                 kept.append(line)
                 last = found
     if len(kept) < len(lines):
-        _write_atomically(path, "".join(kept))
+        with replacing(path) as file:
+            file.write("".join(kept))
         log.info("%s: %d lines after epoch %d are dropped and written again", path, len(lines) - len(kept), last)
     return last
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Replaces a file so that at any moment either the old or the whole new text is there."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _plain(value: Any) -> Any:

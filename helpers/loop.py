@@ -21,7 +21,23 @@ ONE_REQUEST_SECONDS = 2.0  # torchrun and make pass on a signal that the termina
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite; training cannot go on."""
+    """Training has diverged: something is NaN or infinite, and training cannot go on.
+
+    Args:
+        what: is not finite, with its verb.
+        lr: learning rate of the epoch.
+    """
+
+    def __init__(self, what: str, lr: float, epoch: int | None = None):
+        where = "" if epoch is None else f" in epoch {epoch}"
+        super().__init__(
+            f"{what} not finite{where} at learning rate {lr:g}; what was saved before is untouched: resume the run "
+            "with a lower --lr, or with --precision fp32"
+        )
+
+
+class NonFiniteLogitsError(ValueError):
+    """A network answers NaN or infinity; its scores would mean nothing."""
 
 
 class StoppedError(Exception):
@@ -53,10 +69,7 @@ class LoopState:
             NonFiniteLossError: with epoch and learning rate.
         """
         if self.sums is not None and not self.sums.isfinite().all():
-            raise NonFiniteLossError(
-                f"the loss is not finite in epoch {self.epoch} at learning rate {lr:g}: lower --lr or use "
-                "--precision fp32; what was saved before is untouched"
-            )
+            raise NonFiniteLossError("the loss is", lr, self.epoch)
 
 
 class StopSignal(AbstractContextManager):
@@ -257,26 +270,36 @@ def predict(
     device: torch.device,
     n_ahead: int = 1,
     processes: Processes = ALONE,
+    after_batch: Callable[[], None] | None = None,
 ) -> Tensor:
     """Logits (clip, class) of all clips in their order, float32 on the CPU; nothing random, nothing is learned.
 
     Several processes share the clips, each clip with one of them, and all receive the logits of all.
+
+    Args:
+        after_batch: may raise to leave; all processes call it equally often.
+
+    Raises:
+        NonFiniteLogitsError: when the network answers NaN or infinity.
     """
     model.eval()
     frontend.eval()
     own = processes.share(torch.arange(len(clips)))
-    logits = [
-        model(frontend(batch.waveform)).float()
-        for batch in tqdm(
-            batches(clips, own, batch_size, device, n_ahead=n_ahead),
-            total=-(-len(own) // batch_size),
-            desc="scoring",
-            unit="batch",
-            leave=False,
-            disable=None if processes.is_main else True,
-        )
-    ]
+    n_rounds = -(-len(clips) // (processes.size * batch_size))  # of the process with the most clips
+    loader = iter(batches(clips, own, batch_size, device, n_ahead=n_ahead))
+    logits = []
+    for _ in tqdm(
+        range(n_rounds), desc="scoring", unit="batch", leave=False, disable=None if processes.is_main else True
+    ):
+        if (batch := next(loader, None)) is not None:
+            logits.append(model(frontend(batch.waveform)).float())
+        if after_batch is not None:
+            after_batch()
     logits = torch.cat(logits).cpu()
+    if not logits.isfinite().all():
+        raise NonFiniteLogitsError(
+            "the network answers with NaN or infinity: its weights have diverged or are too large for its precision"
+        )
     if processes.size == 1:
         return logits
     whole = logits.new_empty(len(clips), logits.shape[1])
@@ -294,11 +317,16 @@ def evaluate(
     n_ahead: int = 1,
     processes: Processes = ALONE,
     prefix: str = "",
+    after_batch: Callable[[], None] | None = None,
 ) -> dict[str, float]:
-    """Metrics of the held-out part, where there is one, and of the test part: `<prefix>val/...`, `<prefix>test/...`."""
+    """Metrics of the held-out part, where there is one, and of the test part: `<prefix>val/...`, `<prefix>test/...`.
+
+    Args:
+        after_batch: as for `predict`.
+    """
     metrics = {}
     for part, clips in (("val", data.val), ("test", data.test)):
         if clips is not None:
-            logits = predict(model, frontend, clips, batch_size, device, n_ahead, processes)
+            logits = predict(model, frontend, clips, batch_size, device, n_ahead, processes, after_batch)
             metrics |= {f"{prefix}{part}/{key}": value for key, value in score(clips, logits, data.groups).items()}
     return metrics

@@ -18,7 +18,7 @@ FRONTEND_OPTIONS = {
 # What a resumed run may be given anew: it decides where the run goes on or how far, not what it computes.
 FREE_ON_RESUME = {
     "resume", "n_epochs", "num_workers", "cache_path", "dataset_dir", "dirs_path", "teacher_logits", "data_on_device",
-    "save_minutes", "logger", "project_name", "run_id", "enforce_limits",
+    "save_minutes", "logger", "project_name", "run_id", "enforce_limits", "resume_anyway",
 }  # fmt: skip
 
 
@@ -32,6 +32,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     run.add_argument("--run_id", type=cli.run_id, metavar="ID",
                      help="name of the new run's folder (default: eight random characters)")  # fmt: skip
     run.add_argument("--resume", metavar="ID", help="continue this run exactly, with its options")
+    run.add_argument("--resume_anyway", action="store_true",
+                     help="go on although the data are not those that the run began with")  # fmt: skip
     run.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
     run.add_argument(
         "--save_minutes", type=cli.number(float, 0), default=10.0, help="time between checkpoints within an epoch"

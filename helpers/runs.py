@@ -1,30 +1,35 @@
 """Runs in their folders, <project>/<id>: their options, their checkpoints, going on with them, saving on the way."""
 
 import argparse
-import json
 import logging
 import os
 import re
+import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from datasets.files import ContentError, check_content, locked, read_json
 from datasets.waveforms import Clips
 from helpers import cli
 from helpers.checkpoint import CheckpointError
+from helpers.data import changed_data
 from helpers.distributed import Processes
-from helpers.logger import RunLogger
+from helpers.logger import RunLogger, new_id
 from helpers.loop import LoopState, StoppedError, StopSignal, Update
 from helpers.options import FREE_ON_RESUME
 from helpers.report import epoch_line, metric_tables, write_report
 from helpers.resources import PUBLISHED_RUN, published_checkpoint
 
 log = logging.getLogger(__name__)
+
+# Of a run that diverged.
+REMEDIES = ("lr", "precision")
 
 
 def known_runs(project: str) -> str:
@@ -33,10 +38,15 @@ def known_runs(project: str) -> str:
     return ", ".join(sorted(found)) or "none"
 
 
-def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
+def parse_options(
+    parser: argparse.ArgumentParser, argv: list[str], changeable: Collection[str] = REMEDIES
+) -> tuple[argparse.Namespace, set[str]]:
     """Parsed options and the names of those given explicitly; a resumed run takes its other options from its folder.
 
     Processes that torchrun starts again after a failure resume the run that they had begun.
+
+    Args:
+        changeable: options that a resumed run may be given anew, and keeps from then on.
 
     Raises:
         CheckpointError: for an unknown or damaged run.
@@ -53,15 +63,14 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[arg
                 f"no run {args.resume} in {args.project_name}; there is {known_runs(args.project_name)}"
             )
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(saved, dict):
-                raise ValueError("no options")
-        except ValueError as error:
+            saved = read_json(path)
+            check_content(saved, {"script?": str, "given?": [str]})
+        except ContentError as error:
             raise CheckpointError(f"{path} is damaged ({error}): start the run again") from error
         script = saved.get("script", parser.prog)
         if script != parser.prog:
             raise CheckpointError(f"run {args.resume} is one of {script}: python {script} --resume {args.resume}")
-        changed = {name for name in given - FREE_ON_RESUME if getattr(args, name) != saved.get(name)}
+        changed = {name for name in given - FREE_ON_RESUME - set(changeable) if getattr(args, name) != saved.get(name)}
         if changed:
             parser.error(f"{', '.join(f'--{name}' for name in sorted(changed))} cannot change when a run is resumed")
         parser.set_defaults(**{name: value for name, value in saved.items() if name in vars(args)})
@@ -94,6 +103,40 @@ def _begun(project: str) -> str | None:
     return run if (Path(project) / run / "checkpoints" / "last.pt").is_file() else None
 
 
+def resume_command(script: str, project: str, run: str) -> str:
+    """What the user types to go on with a run, with as many processes as now."""
+    command = ["python", script]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        n_machines, n_local = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
+        several = ["--standalone"] if n_machines == "1" else [f"--nnodes={n_machines}", "--rdzv_endpoint=HOST:PORT"]
+        command = ["torchrun", *several, f"--nproc_per_node={n_local}", script]
+    return shlex.join([*command, "--project_name", project, "--resume", run])
+
+
+def check_data(path: Path, content: Mapping[str, Any], digests: Mapping[str, str], anyway: bool) -> None:
+    """Refuses to go on with a run on other data than it began with.
+
+    Args:
+        path, content: the checkpoint that the run goes on from.
+        digests: of the data as they are now, from `data_digests`.
+        anyway: the user means it; a warning is all.
+
+    Raises:
+        CheckpointError: naming what has changed.
+    """
+    if "data" not in content:
+        log.info("%s is of an older version, which kept no digests: whether the data are the same is not known", path)
+        return
+    changed = changed_data(content["data"], digests)
+    if changed and not anyway:
+        raise CheckpointError(
+            f"{', '.join(changed)} changed since the run of {path} began: bring the data back, start a new run, or go "
+            "on with --resume_anyway"
+        )
+    if changed:
+        log.warning("the run goes on with other data than it began with: %s changed", ", ".join(changed))
+
+
 class OtherProcess:
     """What the processes that neither log nor save have in the place of a RunLogger."""
 
@@ -107,14 +150,22 @@ class OtherProcess:
 def open_run(
     processes: Processes, project: str, run_id: str | None, *arguments: Any, **options: Any
 ) -> Iterator[RunLogger | OtherProcess]:
-    """The logger of process 0, with the arguments of `RunLogger`; the other processes have one that does nothing."""
+    """The logger of process 0, with the arguments of `RunLogger`; the other processes have one that does nothing.
+
+    Raises:
+        BusyError: when another program is writing to the run.
+    """
     if not processes.is_main:
         yield OtherProcess()
         return
-    note = _note(project)
-    with RunLogger(project, run_id, *arguments, **options) as logger:
+    note, run_id = _note(project), run_id or new_id(Path(project))
+    with (
+        locked(Path(project) / run_id / ".lock", f"run {run_id}"),
+        RunLogger(project, run_id, *arguments, **options) as logger,
+    ):
         if note is not None:
             note.write_text(logger.id, encoding="utf-8")
+        logger.keep_options(REMEDIES)
         yield logger
     if note is not None:  # not after a failure: the processes that follow need it
         note.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -144,7 +145,9 @@ def test_a_request_to_stop_saves_once_and_resumes_exactly(folder):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "all saved; resume with: python run_training.py --project_name DCASE23_Task1 --resume stopped" in errors
+    command_line = re.search("all saved; resume with: (.*)", errors)[1]
+    assert command_line.startswith("torchrun ")
+    assert command_line.endswith("--nproc_per_node=2 run_training.py --project_name DCASE23_Task1 --resume stopped")
     resumed = run(folder, ["run_training.py", "--resume", "stopped"], 2)
     assert resumed.returncode == 0, resumed.stderr
     ours, theirs = checkpoint(folder, "stopped")["model"]["state"], checkpoint(folder, "whole")["model"]["state"]

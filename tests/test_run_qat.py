@@ -200,7 +200,7 @@ def test_published_run_is_found_and_later_epochs_win(shared, tmp_path):
         (run_qat, [], "name a run with --wandb_id or a file with --checkpoint"),
         (run_qat, ["--wandb_id", "small", "--base_channels", "16"], "has 8"),
         (run_qat, ["--wandb_id", "small", "--n_mels", "64"], "has 32"),
-        (run_qat, ["--checkpoint", "tau/meta.csv"], "damaged or no checkpoint"),
+        (run_qat, ["--checkpoint", "tau/meta.csv"], "is a text file"),
         (run_qat, ["--checkpoint", "missing.pt"], "missing.pt is missing"),
         (run_qat, ["--wandb_id", "small", "--freeze_params_epochs", "9"], "is more than --n_epochs"),
         (run_qat, ["--resume", "small"], "run_training.py --resume small"),

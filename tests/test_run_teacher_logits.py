@@ -222,7 +222,7 @@ def poison(path: str, change) -> None:
     [
         (lambda: None, ["nobody"], r"no teacher nobody.*runs in proj: resnet\); published: passt_dirfms_1"),
         (lambda: None, ["passt_dir_1"], "published no more"),
-        (lambda: Path("page.pt").write_text("<html>"), ["page.pt"], "damaged or no checkpoint"),
+        (lambda: Path("page.pt").write_text("<html>"), ["page.pt"], "is a web page"),
         (lambda: poison("beats.pt", lambda c: c.update(scenes=list("abcdefghij"))), ["beats.pt"], "scenes a, b, c"),
         (lambda: poison("beats.pt", lambda c: c["model"]["state"]["classifier.linear.bias"].fill_(torch.nan)),
          ["beats.pt"], r"not finite for 8 of 8 clips, first audio/bus-paris-0-0-0-a\.wav"),

@@ -74,7 +74,7 @@ def test_a_run_leaves_everything_it_promises(options, capsys):
     metrics = run_training.main([*options, "--n_epochs", "2"])
     run = run_of()
     assert {path.name for path in run.iterdir()} == {
-        "options.json", "metrics.jsonl", "checkpoints", "curves.png", "confusion_matrix.png", "report.md",
+        ".lock", "options.json", "metrics.jsonl", "checkpoints", "curves.png", "confusion_matrix.png", "report.md",
     }  # fmt: skip
     assert [line["epoch"] for line in lines(run)] == [0, 1]
     assert lines(run)[1]["test/acc"] == metrics["test/acc"]
@@ -310,21 +310,25 @@ def test_a_broken_clip_is_one_line_and_exit_status_2(options, tau, monkeypatch, 
     assert errors.strip().splitlines()[-1].startswith(f"error: {file} cannot be read as audio")
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None], ids=["empty", "foreign", "truncated"])
-def test_a_damaged_checkpoint_is_one_line_and_exit_status_2(options, content, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "last.pt is empty"), (b"not a checkpoint", "last.pt is a text file"), (None, "last.pt is damaged")],
+    ids=["empty", "foreign", "truncated"],
+)
+def test_a_damaged_checkpoint_is_one_line_and_exit_status_2(options, content, message, monkeypatch, capsys):
     run_training.main([*options, "--n_epochs", "1"])
     last = run_of() / "checkpoints" / "last.pt"
     last.write_bytes(last.read_bytes()[:2000] if content is None else content)
     status, errors = outcome(["--resume", run_of().name], monkeypatch, capsys)
     assert status == 2
-    assert "last.pt cannot be loaded, it is damaged" in errors.strip().splitlines()[-1]
+    assert message in errors.strip().splitlines()[-1]
 
 
 def test_options_that_decide_the_result_cannot_change_on_resume(options, monkeypatch, capsys):
     run_training.main([*options, "--n_epochs", "1"])
-    status, errors = outcome(["--resume", run_of().name, "--lr", "0.5"], monkeypatch, capsys)
+    status, errors = outcome(["--resume", run_of().name, "--batch_size", "7"], monkeypatch, capsys)
     assert status == 2
-    assert "--lr cannot change when a run is resumed" in errors
+    assert "--batch_size cannot change when a run is resumed" in errors
 
 
 def test_labels_that_the_checkpoint_does_not_know_are_refused(options, own_tau, monkeypatch, capsys):
