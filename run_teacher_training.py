@@ -113,28 +113,42 @@ RECIPES = {
         "n_epochs": 30, "batch_size": 128, "lr": 1e-5, "weight_decay": 0.01,
         "warm_up_len": 4, "ramp_down_start": 4, "ramp_down_len": 26, "last_lr_value": 0.005,
         "roll": 0, "dir_prob": 0.6, "mixstyle_p": 0.4, "mixstyle_alpha": 0.4, "freqm": 0, "timem": 0,
-        "mask_share": 0.2, "mixup_alpha": 0.3,
+        "mask_share": 0.2, "mixup_alpha": 0.3, "mixstyle_axis": "time",
+    },
+}  # fmt: skip
+# Of a network of which only the head learns, --freeze all: the teacher that its authors call SSL*.
+FROZEN_RECIPES = {
+    "beats": RECIPES["beats"] | {
+        "experiment_name": "beats_ssl_star", "optimizer": "adam", "beta2": 0.999,
+        "n_epochs": 60, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.0,
+        "warm_up_len": 0, "ramp_down_start": 60, "ramp_down_len": 0, "last_lr_value": 1.0,
+        "dir_prob": 0.0, "mixstyle_p": 0.0,
     },
 }  # fmt: skip
 
 
-def chosen_teacher(argv: list[str]) -> str:
-    """What --teacher names, or what the run to resume trains: it decides which options there are."""
+def chosen_recipe(argv: list[str]) -> tuple[str, dict[str, Any]]:
+    """What --teacher names, or what the run to resume trains, and its recipe: they decide on the options and defaults.
+
+    A resumed run has its own values for all options of the recipe.
+    """
     parser = cli.Parser(add_help=False)
     parser.add_argument("--teacher", choices=[*RECIPES])
+    parser.add_argument("--freeze")
     parser.add_argument("--resume")
     parser.add_argument("--project_name", default=add_run_options(cli.Parser()).get_default("project_name"))
     args, _ = parser.parse_known_args(argv)
     if args.teacher is None and args.resume is not None:
         try:
             saved = json.loads((Path(args.project_name) / args.resume / "options.json").read_text(encoding="utf-8"))
-            return saved["teacher"] if saved.get("teacher") in RECIPES else "cp_resnet"
-        except (OSError, ValueError):
+            args.teacher = saved["teacher"] if saved.get("teacher") in RECIPES else None
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError):
             pass  # `parse_options` says what is wrong with the run; `main`, when it is another script's
-    return args.teacher or "cp_resnet"
+    teacher = args.teacher or "cp_resnet"
+    return teacher, (FROZEN_RECIPES if args.freeze == "all" else RECIPES).get(teacher, RECIPES[teacher])
 
 
-def make_parser(teacher: str) -> argparse.ArgumentParser:
+def make_parser(teacher: str, recipe: Mapping[str, Any] | None = None) -> argparse.ArgumentParser:
     parser = cli.Parser(
         __doc__,
         prog="run_teacher_training.py",
@@ -147,7 +161,7 @@ def make_parser(teacher: str) -> argparse.ArgumentParser:
                          help="weights to start from: a file, none, or auto (those of PaSST's --arch)")  # fmt: skip
     network.add_argument("--freeze", default="none", metavar="N",
                          help="the first N transformer layers, and all before them, stay as they are; "
-                              "all: only the head learns")  # fmt: skip
+                              "all: only the head learns, for which BEATs has a recipe of its own")  # fmt: skip
     cli.add_config_arguments(parser, f"options of {teacher}", MODELS[teacher][0])
     cli.add_config_arguments(parser, "front end", FRONTENDS[frontend][0], FRONTEND_OPTIONS)
     add_run_options(parser)
@@ -163,13 +177,13 @@ def make_parser(teacher: str) -> argparse.ArgumentParser:
                               help="adamw takes weight decay out of the gradient")  # fmt: skip
     optimisation.add_argument("--beta2", type=cli.number(float, 0, 1), default=0.999, help="of the optimizer")
     frontend_defaults = {FRONTEND_OPTIONS.get(name, name): value for name, value in frontend_options.items()}
-    parser.set_defaults(n_classes=None, kd_lambda=1.0, **frontend_defaults, **RECIPES[teacher])
+    parser.set_defaults(n_classes=None, kd_lambda=1.0, **frontend_defaults, **(recipe or RECIPES[teacher]))
     return parser
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     argv = sys.argv[1:] if argv is None else argv
-    parser = make_parser(chosen_teacher(argv))
+    parser = make_parser(*chosen_recipe(argv))
     args, given = parse_options(parser, argv)
     if args.teacher_logits is not None and args.kd_lambda == 1:
         parser.error("--teacher_logits needs a --kd_lambda below 1: the weight of the labels")

@@ -107,7 +107,7 @@ def _cp_mobile(path: Path | str, state: State) -> tuple[dict[str, Any], State]:
     config = {
         "n_classes": state["feed_forward.0.weight"].shape[0],
         "in_channels": stem.shape[1],
-        "base_channels": base if base // 4 == stem.shape[0] else 4 * stem.shape[0],
+        "base_channels": base,
         "channels_multiplier": solve(
             lambda m: all(make_divisible(base * m ** (stage - 1)) == width for stage, width in last.items()), 2.3
         ),

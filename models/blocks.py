@@ -56,6 +56,19 @@ class GlobalMean(nn.Module):
         return x.mean(dim=(2, 3))
 
 
+class Float32Constants(nn.Module):
+    """A part that always computes in float32: `.double()` and `.half()` leave its constants as they are."""
+
+    def _apply(self, fn, recurse: bool = True):
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            now = getattr(self, name)
+            if now is not None and now.dtype != value.dtype:
+                setattr(self, name, value.to(now.device))
+        return self
+
+
 class HalfPrecision(nn.Module):
     """Runs a network in 16-bit floats behind float32 inputs and logits."""
 

@@ -35,10 +35,6 @@ class CpMobileConfig:
         for name in ("n_classes", "in_channels", "base_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.base_channels < 4:
-            raise ValueError(
-                f"base_channels must be >= 4 (the first convolution has a quarter), got {self.base_channels}"
-            )
         for name in ("channels_multiplier", "expansion_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
@@ -108,7 +104,7 @@ class CpMobileBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, channel, freq, time)
         expand, depthwise, project = self.block
-        if self.training and isinstance(expand, ConvUnit) and fused.applies(x):  # not when it was quantized
+        if self.training and fused.applies(x) and fused.are_plain(self.block):
             y = fused.conv_norm_relu(x, expand[0], expand[1])
             y = fused.norm_relu_conv(depthwise[0](y), depthwise[1], project[0])
             y = project[1](y)
@@ -127,10 +123,8 @@ class CpMobile(nn.Module):
         self.config = config
         base = make_divisible(config.base_channels)
         widths = [base] + [make_divisible(base * config.channels_multiplier**i) for i in range(len(config.n_blocks))]
-        # Not rounded, parity with the published checkpoints.
         self.in_c = nn.Sequential(
-            ConvUnit(config.in_channels, config.base_channels // 4, 3, stride=2),
-            ConvUnit(config.base_channels // 4, base, 3, stride=2),
+            ConvUnit(config.in_channels, base // 4, 3, stride=2), ConvUnit(base // 4, base, 3, stride=2)
         )
         self.stages = nn.Sequential()
         n_built = 0

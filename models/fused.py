@@ -15,21 +15,67 @@ Formulas: S. Ioffe, C. Szegedy, "Batch Normalization", ICML 2015, equations of i
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as module_state
+
+from models.blocks import ConvUnit
 
 CHUNK_VALUES = 1 << 17  # of the widest tensor, for each thread: a few such chunks fit a core's cache
+DTYPES = (torch.float32,)
 MIN_VALUES = 1 << 20  # of a smaller input, all tensors stay in the cache as it is
 
 
 def applies(x: Tensor) -> bool:
-    """Whether the chunked steps are of use for x (batch, channel, freq, time): training large batches on a CPU."""
+    """Whether the chunked steps are of use for x (batch, channel, freq, time): training large batches on a CPU.
+
+    They compute in float32 and differentiate once; where something else is asked for, the plain layers do it.
+    """
     return (
         x.device.type == "cpu"
         and x.numel() >= MIN_VALUES
+        and x.dtype in DTYPES
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
         and x.is_contiguous(memory_format=torch.channels_last)
     )
+
+
+def are_plain(block: nn.Sequential) -> bool:
+    """Whether expansion, depthwise and projection are layers as they were built, so that passing by their `forward`
+    changes nothing: no other layers in their place, hooks, pruned or otherwise computed weights, norms in eval mode.
+    """
+    units = list(block)
+    if len(units) != 3 or any(type(unit) is not ConvUnit for unit in units):
+        return False
+    kinds = [[type(layer) for layer in unit] for unit in units]
+    wanted = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+    if kinds != [wanted, wanted, wanted[:2]] or module_state._has_any_global_hook():
+        return False
+    (expand, norm1, _), (_, norm2, _), (project, _) = units
+    return (
+        all(_is_pointwise(conv) for conv in (expand, project))
+        and all(_learns_statistics(norm) for norm in (norm1, norm2))
+        and not any(_is_altered(module) for module in block.modules())
+    )
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.groups, conv.bias)
+    return shape == ((1, 1), (1, 1), (0, 0), 1, None) and conv.weight.dtype in DTYPES
+
+
+def _learns_statistics(norm: nn.BatchNorm2d) -> bool:
+    return norm.training and norm.track_running_stats and norm.affine and norm.momentum is not None
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says."""
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    is_computed = "weight" in module._modules or (hasattr(module, "weight") and "weight" not in module._parameters)
+    return any(hooks) or is_computed or "parametrizations" in module._modules or "forward" in vars(module)
 
 
 def conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from models.blocks import Float32Constants
 
 PREEMPHASIS = 0.97
 POVEY_EXPONENT = 0.85  # the window is a Hann window to this power
@@ -73,7 +75,7 @@ def mel_bank(config: KaldiFbankConfig) -> Tensor:
     return torch.minimum((mel - left) / (centre - left), (right - mel) / (right - centre)).clamp_min(0)
 
 
-class KaldiFbank(nn.Module):
+class KaldiFbank(Float32Constants):
     """Maps waveforms (batch, sample) in [-1, 1] to normalised filter banks (batch, 1, mel, time), float32.
 
     Frames: 1 + floor((sample - win_length) / hop_length); there is no padding, the samples after the last whole frame

@@ -5,12 +5,17 @@ pre-emphasis, power spectrum, Kaldi-style triangles on the mel axis, logarithm, 
 published code: none in the result; the work is ordered for memory and the filters are applied as narrow bands.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from models.blocks import Float32Constants
+
+log = logging.getLogger(__name__)
 
 PREEMPHASIS = 0.97
 LOG_OFFSET = 1e-5
@@ -47,6 +52,13 @@ class CpMelConfig:
                 f"f_min and f_max must satisfy 0 <= f_min < f_max <= {self.sample_rate / 2} Hz (half the sample rate), "
                 f"got f_min {self.f_min}, f_max {self.f_max}"
             )
+        lowest = self.f_max + self.fmax_aug_range // 2 - (self.fmax_aug_range - 1)
+        highest = self.f_min + self.fmin_aug_range - 1
+        if lowest <= highest:
+            raise ValueError(
+                f"training would draw an f_max down to {lowest:g} Hz and an f_min up to {highest:g} Hz: lower "
+                f"fmax_aug_range ({self.fmax_aug_range}) or fmin_aug_range ({self.fmin_aug_range}; 1 is off)"
+            )
 
 
 def hz_to_mel(hz: Tensor | float) -> Tensor:
@@ -54,7 +66,7 @@ def hz_to_mel(hz: Tensor | float) -> Tensor:
     return 1127.0 * torch.log1p(torch.as_tensor(hz, dtype=torch.float32) / 700.0)
 
 
-class CpMel(nn.Module):
+class CpMel(Float32Constants):
     """Maps waveforms (batch, sample) to normalised log-mel spectrograms (batch, 1, mel, time), float32.
 
     Frames: 1 + floor((sample - 1) / hop_length). In training mode the band edges are drawn anew for each batch from the
@@ -78,12 +90,19 @@ class CpMel(nn.Module):
         index, weight = self.bands(*edges)
         self.register_buffer("band_index", index, persistent=False)
         self.register_buffer("band_weight", weight, persistent=False)
+        n_empty = int((weight.sum(dim=1) == 0).sum())
+        if n_empty:
+            log.warning(
+                "%d of %d mel bands hold no bin of the transform and are constant: raise n_fft or lower n_mels",
+                n_empty, config.n_mels,
+            )  # fmt: skip
 
     def forward(self, waveform: Tensor) -> Tensor:
-        if waveform.shape[-1] < self.config.n_fft // 2 + 2:
+        n_least = self.config.n_fft // 2 + 2
+        if waveform.ndim != 2 or waveform.shape[1] < n_least:
             raise ValueError(
-                f"waveform must have at least n_fft / 2 + 2 = {self.config.n_fft // 2 + 2} samples, "
-                f"got {waveform.shape[-1]}"
+                f"waveform must be (batch, sample) with at least n_fft / 2 + 2 = {n_least} samples, got "
+                f"{tuple(waveform.shape)}"
             )
         # Spectra need the range of float32, whatever autocast is set to outside.
         with torch.autocast(waveform.device.type, enabled=False), torch.no_grad():
@@ -116,7 +135,7 @@ class CpMel(nn.Module):
         config = self.config
         f_min = config.f_min + torch.randint(config.fmin_aug_range, (), device=device)
         f_max = config.f_max + config.fmax_aug_range // 2 - torch.randint(config.fmax_aug_range, (), device=device)
-        return f_min.float(), f_max.float()
+        return f_min.float(), f_max.clamp_max(config.sample_rate / 2).float()  # beyond, a band would be empty
 
     def _widest_band(self) -> int:
         """Bins that the widest filter can cover for any edges that may be drawn: the topmost, for the widest range."""
@@ -138,9 +157,9 @@ class CpMel(nn.Module):
         config = self.config
         n_clips, n_bins = len(waveform), config.n_fft // 2 + 1
         n_frames = 1 + (waveform.shape[-1] - 1) // config.hop_length
-        chunk, offsets = n_clips, None
+        chunk, offsets = max(1, n_clips), None
         if waveform.device.type == "cpu":
-            chunk = min(n_clips, max(1, CPU_CHUNK_VALUES * torch.get_num_threads() // (config.n_fft * n_frames)))
+            chunk = min(chunk, max(1, CPU_CHUNK_VALUES * torch.get_num_threads() // (config.n_fft * n_frames)))
             used = weight > 0  # exact bags instead of runs of one length: a quarter of the rows
             offsets = F.pad(used.sum(1).cumsum(0), (1, 0))[:-1]
             index, weight = index[used], weight[used]

@@ -194,6 +194,27 @@ def test_mixstyle_happens_to_whole_batches_at_its_rate():
     assert np.mean(changed) == pytest.approx(0.3, abs=0.05)
 
 
+@pytest.mark.parametrize("alpha", [0.001, 0.01])
+def test_tiny_parameters_of_the_beta_distribution_give_ends_not_middles(alpha):
+    torch.manual_seed(0)
+    lam = _beta(alpha, 4000, torch.device("cpu")).numpy()
+    assert np.isfinite(lam).all()
+    for share in (1e-6, 0.1, 0.5, 1 - 1e-6):
+        expected = beta(alpha, alpha).cdf(share)
+        assert abs((lam <= share).mean() - expected) < 4 * (expected * (1 - expected) / 4000) ** 0.5 + 1e-3
+    assert (np.abs(lam - 0.5) < 1e-3).mean() < 0.01
+
+
+def test_styles_of_frames_are_mixed_where_that_is_asked_for():
+    x = torch.rand(4, 1, 8, 16)
+    lam, partner = torch.tensor([0.2, 0.5, 0.9, 0.0]), torch.tensor([1, 0, 3, 2])
+    by_frame = mix_style(x, lam, partner, "time")
+    torch.testing.assert_close(by_frame, mix_style(x.transpose(2, 3), lam, partner).transpose(2, 3))
+    assert not torch.allclose(by_frame, mix_style(x, lam, partner))
+    with pytest.raises(ValueError, match="mixstyle_axis must be mel or time"):
+        FreqMixStyle(0.5, 0.3, "freq")
+
+
 @pytest.mark.parametrize("alpha", [0.3, 1.0, 4.0])
 def test_mixing_weights_follow_the_beta_distribution(alpha):
     torch.manual_seed(0)

@@ -88,7 +88,7 @@ def test_matches_the_published_system_from_clip_to_logits(golden):
         ({"strides": {"b2": (0, 1)}}, "b2"),
         ({"n_blocks": ()}, "n_blocks"),
         ({"expansion_rate": 0.0}, "expansion_rate"),
-        ({"base_channels": 3}, "base_channels"),
+        ({"base_channels": 0}, "base_channels"),
     ],
 )
 def test_refuses_what_cannot_be(options, message):
@@ -101,3 +101,14 @@ def test_unknown_names_list_the_known():
         get_model("resnet")
     with pytest.raises(ValueError, match="cp_mel"):
         get_frontend("mfcc")
+
+
+@pytest.mark.parametrize(
+    ("base_channels", "options", "stem", "n_parameters"),
+    [(44, {"channels_multiplier": 1.9, "expansion_rate": 2.7}, (12, 1, 3, 3), 180_964), (1, {}, (2, 1, 3, 3), None)],
+)
+def test_the_stem_has_a_quarter_of_the_rounded_width(base_channels, options, stem, n_parameters):
+    model = get_model("cp_mobile", base_channels=base_channels, **options)
+    assert tuple(model.in_c[0][0].weight.shape) == stem
+    if n_parameters is not None:
+        assert sum(parameter.numel() for parameter in model.parameters()) == n_parameters

@@ -1,5 +1,7 @@
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import prune
 
 from helpers.memory import keep_freed_memory
 from models import fused, get_model
@@ -11,6 +13,7 @@ def with_and_without(monkeypatch, module, x: torch.Tensor, dtype: torch.dtype) -
     """Output, gradients and statistics of one training step with the chunked steps, then without."""
     results = []
     monkeypatch.setattr(fused, "MIN_VALUES", 0)
+    monkeypatch.setattr(fused, "DTYPES", (torch.float32, torch.float64))
     for chunked in (True, False):
         fill_state(module).to(dtype).train()
         for name, buffer in module.named_buffers():
@@ -66,6 +69,93 @@ def test_the_plain_way_is_taken_where_the_chunks_are_of_no_use():
         assert not fused.applies(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not fused.applies(x)
+
+
+X = (2, 1, 32, 16)
+
+
+def small_network() -> nn.Module:
+    model = fill_state(get_model("cp_mobile", base_channels=8, n_classes=3, n_blocks=(1, 1, 1), strides={}))
+    return model.to(memory_format=torch.channels_last).train()
+
+
+def norm_in_eval_mode(model):
+    model.stages.s1.b1.block[0][1].eval()
+
+
+def pruned(model):
+    for unit in (0, 2):
+        prune.l1_unstructured(model.stages.s1.b1.block[unit][0], "weight", 0.3)
+
+
+def parametrized(model):
+    class Halved(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    nn.utils.parametrize.register_parametrization(model.stages.s2.b2.block[0][0], "weight", Halved())
+
+
+def other_activation(model):
+    model.stages.s1.b1.block[0][2] = nn.SiLU()
+
+
+def other_norm(model):
+    model.stages.s1.b1.block[1][1] = nn.InstanceNorm2d(24, affine=True)
+
+
+def mean_of_all_batches(model):
+    model.stages.s1.b1.block[0][1].momentum = None
+
+
+def frozen(model):
+    for parameter in model.stages.s1.b1.block.parameters():
+        parameter.requires_grad = False
+
+
+CHANGES = [norm_in_eval_mode, pruned, parametrized, other_activation, other_norm, mean_of_all_batches, frozen]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_the_user_changes_in_a_network_counts_at_any_batch_size(monkeypatch, change):
+    results = []
+    for least in (0, 1 << 40):
+        monkeypatch.setattr(fused, "MIN_VALUES", least)
+        model = small_network()
+        change(model)
+        for _ in range(2):  # a second step on the first one's weights
+            model.zero_grad()
+            y = model(wave(X, "changed").to(memory_format=torch.channels_last))
+            (y * wave(tuple(y.shape), "slope")).sum().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter -= 1e-3 * parameter.grad
+        results.append(model.state_dict())
+    for name, value in results[1].items():
+        torch.testing.assert_close(results[0][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_every_layer_are_called(monkeypatch, kind):
+    monkeypatch.setattr(fused, "MIN_VALUES", 0)
+    model = small_network()
+    layers = [layer for layer in model.stages.modules() if not isinstance(layer, nn.Identity)]
+    if "backward" in kind:  # PyTorch refuses them before a ReLU that works in place
+        layers = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+    called = set()
+    for layer in layers:
+        getattr(layer, f"register_{kind}_hook")(lambda module, *_: called.add(module) and None)
+    model(wave(X, "hooks").to(memory_format=torch.channels_last)).sum().backward()
+    assert called == set(layers)
+
+
+def test_transforms_and_double_precision_take_the_plain_layers(monkeypatch):
+    monkeypatch.setattr(fused, "MIN_VALUES", 0)
+    x, seen = wave(X, "func").to(memory_format=torch.channels_last), []
+    torch.func.grad(lambda z: seen.append(fused.applies(z)) or z.sum())(x)
+    assert seen == [False]
+    assert fused.applies(x) and not fused.applies(x.double())
 
 
 def test_freed_memory_is_kept_where_the_c_library_can():

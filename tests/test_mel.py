@@ -133,6 +133,8 @@ def test_keeps_no_state():
         ({"f_min": 9000.0, "f_max": 8000.0}, "f_min"),
         ({"win_length": 5000}, "n_fft"),
         ({"n_mels": 0}, "n_mels"),
+        ({"f_max": 400.0}, "f_max down to -99 Hz"),
+        ({"f_min": 1000.0, "f_max": 1600.0, "fmin_aug_range": 200}, "lower fmax_aug_range"),
     ],
 )
 def test_refuses_what_cannot_be(options, message):
@@ -143,3 +145,36 @@ def test_refuses_what_cannot_be(options, message):
 def test_refuses_a_clip_too_short_to_reflect():
     with pytest.raises(ValueError, match="2050 samples"):
         get_frontend("cp_mel")(torch.zeros(1, 1000))
+
+
+@pytest.mark.parametrize("shape", [(0,), (32000,), (1, 1, 32000), (2, 0), ()])
+def test_refuses_other_axes_than_batch_and_sample(shape):
+    with pytest.raises(ValueError, match=r"waveform must be \(batch, sample\)"):
+        get_frontend("cp_mel")(torch.zeros(shape))
+
+
+def test_no_clips_are_no_spectrograms():
+    assert get_frontend("cp_mel")(torch.zeros(0, 32000)).shape == (0, 1, 256, 64)
+
+
+@pytest.mark.parametrize("name", ["cp_mel", "kaldi_fbank"])
+@pytest.mark.parametrize("change", ["double", "half"])
+def test_computes_in_float32_whatever_precision_the_network_gets(name, change):
+    frontend = get_frontend(name).eval()
+    waveform = clip(1.0, 32000, "mel/double", 2)
+    expected = frontend(waveform)
+    assert torch.equal(getattr(frontend, change)()(waveform.double()), expected)
+
+
+def test_training_draws_no_edge_beyond_half_the_rate():
+    frontend = get_frontend("cp_mel", f_max=16000.0).train()
+    drawn = torch.stack([frontend._draw_edges(torch.device("cpu"))[1] for _ in range(200)])
+    assert 15501 <= drawn.min() < 15900 and drawn.max() == 16000
+
+
+@pytest.mark.parametrize(("options", "n_empty"), [({}, 0), ({"n_fft": 1024, "win_length": 800}, 13)])
+def test_bands_without_a_bin_are_counted(options, n_empty, caplog):
+    frontend = get_frontend("cp_mel", **options).eval()
+    log_mel = frontend(clip(1.0, 32000, "mel/empty", 1))[0, 0]
+    assert int((log_mel.std(dim=1) == 0).sum()) == n_empty
+    assert (f"{n_empty} of 256 mel bands hold no bin" in caplog.text) == (n_empty > 0)

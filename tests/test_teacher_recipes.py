@@ -80,3 +80,18 @@ def test_help_shows_the_options_of_the_teacher(teacher, monkeypatch, capsys):
     own = {"cp_resnet": "--cut_channels_s3", "passt": "--s_patchout_f", "beats": "--encoder_layerdrop"}
     assert [name for name, option in own.items() if f"{option} " in printed] == [teacher]
     assert f"(default: {defaults(teacher)['experiment_name']})" in printed
+
+
+def test_frozen_beats_has_the_recipe_of_the_published_one(shared):
+    text = shared("reference/easy_dcase_task1.md").read_text(encoding="utf-8")
+    trainer = next(line for line in text.splitlines() if line.startswith("| beats_ssl_star | "))
+    _file, name, n_epochs, _, batch_size, *_ = [cell.strip() for cell in trainer.strip("|").split("|")]
+    recipe = run_teacher_training.chosen_recipe(["--teacher", "beats", "--freeze", "all"])
+    own = vars(run_teacher_training.make_parser(*recipe).parse_args([]))
+    assert [own["experiment_name"], own["n_epochs"], own["batch_size"]] == [name, int(n_epochs), int(batch_size)]
+    assert (own["optimizer"], own["lr"], own["weight_decay"]) == ("adam", 1e-3, 0)
+    assert own["dir_prob"] == own["mixstyle_p"] == 0
+    assert (own["mixup_alpha"], own["mask_share"]) == (0.3, 0.2)
+    schedule = cli.config_from(run_teacher_training.make_parser(*recipe).parse_args([]), WarmupRampdown)
+    assert {schedule.factor(epoch) for epoch in range(60)} == {1.0}  # no schedule
+    assert defaults("beats")["mixstyle_axis"] == "time" and defaults("passt")["mixstyle_axis"] == "mel"

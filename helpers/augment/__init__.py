@@ -3,7 +3,7 @@ batch's device. This module holds the ordered chain of all recipes, and its opti
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from torch import nn
@@ -23,6 +23,9 @@ class AugmentConfig:
     dir_devices: Annotated[str, "recording devices to convolve: names joined by commas, all, or auto (a)"] = "auto"
     mixstyle_p: Annotated[float, "share of batches with Freq-MixStyle; 0 is off"] = 0.4
     mixstyle_alpha: Annotated[float, "parameter of its Beta distribution"] = 0.3
+    mixstyle_axis: Annotated[
+        Literal["mel", "time"], "what has statistics of its own: bands, or frames as in BEATs' published recipe"
+    ] = "mel"
     freqm: Annotated[int, "widest frequency mask plus one, in mel bins; 0 is off"] = 48
     timem: Annotated[int, "widest time mask plus one, in frames; 0 is off"] = 0
     mask_share: Annotated[float, "widest masks of both axes, as shares of the spectrogram; 0 is off"] = 0.0
@@ -65,7 +68,7 @@ def build_augment(
             "log_mel": nn.Sequential(
                 SpecMask(max_width=config.freqm, axis="mel", value=mask_value),
                 SpecMask(max_width=config.timem, axis="time", value=mask_value),
-                FreqMixStyle(p=config.mixstyle_p, alpha=config.mixstyle_alpha),
+                FreqMixStyle(config.mixstyle_p, config.mixstyle_alpha, config.mixstyle_axis),
                 ShareMask(max_share=config.mask_share, axis="mel", value=0.0),
                 ShareMask(max_share=config.mask_share, axis="time", value=0.0),
                 MixUp(alpha=config.mixup_alpha, temperature=temperature),

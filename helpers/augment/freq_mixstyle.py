@@ -6,6 +6,7 @@ al., ICLR 2021, https://arxiv.org/abs/2104.02008. Departures: none.
 """
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +22,21 @@ class FreqMixStyle(nn.Module):
     Args:
         p: probability for a batch; 0 is off.
         alpha: parameter of the Beta(alpha, alpha) distribution of each clip's mixing weight, > 0.
+        axis: each band (mel) or each frame (time) has statistics of its own.
 
     Raises:
         ValueError: for a value out of range.
     """
 
-    def __init__(self, p: float, alpha: float):
+    def __init__(self, p: float, alpha: float, axis: Literal["mel", "time"] = "mel"):
         super().__init__()
         if not 0 <= p <= 1:
             raise ValueError(f"mixstyle_p must be in [0, 1], got {p}")
         if not alpha > 0:
             raise ValueError(f"mixstyle_alpha must be > 0, got {alpha}")
-        self.p, self.alpha = p, alpha
+        if axis not in ("mel", "time"):
+            raise ValueError(f"mixstyle_axis must be mel or time, got {axis!r}")
+        self.p, self.alpha, self.axis = p, alpha, axis
 
     def forward(self, batch: Batch) -> Batch:
         if not self.training or self.p == 0:
@@ -45,13 +49,14 @@ class FreqMixStyle(nn.Module):
         partner = torch.randperm(n_clips, device=x.device)
         if x.device.type == "cpu" and not on:
             return batch
-        return replace(batch, log_mel=torch.where(on, mix_style(x, lam, partner), x))
+        return replace(batch, log_mel=torch.where(on, mix_style(x, lam, partner, self.axis), x))
 
 
-def mix_style(x: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
+def mix_style(x: Tensor, lam: Tensor, partner: Tensor, axis: Literal["mel", "time"] = "mel") -> Tensor:
     """Gives x (batch, channel, mel, time) mixed statistics: a share lam (batch,) its own, the rest of `partner`'s."""
     lam = lam.view(-1, 1, 1, 1)
-    var, mean = torch.var_mean(x, dim=(1, 3), keepdim=True)  # (batch, 1, mel, 1), unbiased
+    over = (1, 3) if axis == "mel" else (1, 2)
+    var, mean = torch.var_mean(x, dim=over, keepdim=True)  # (batch, 1, mel, 1) or (batch, 1, 1, time), unbiased
     std = (var + EPS).sqrt()
     mixed_mean = lam * mean + (1 - lam) * mean[partner]
     mixed_std = lam * std + (1 - lam) * std[partner]
@@ -59,6 +64,11 @@ def mix_style(x: Tensor, lam: Tensor, partner: Tensor) -> Tensor:
 
 
 def _beta(alpha: float, n: int, device: torch.device) -> Tensor:
-    """Draws (n,) from Beta(alpha, alpha) on the device: the share of one of two gamma variates in their sum."""
-    gamma = torch._standard_gamma(torch.full((2, n), alpha, device=device))
-    return gamma[0] / gamma.sum(dim=0)
+    """Draws (n,) from Beta(alpha, alpha) on the device: the share of one of two gamma variates in their sum.
+
+    In logarithms: for a small alpha both variates are smaller than any float32. A variate of alpha is one of alpha + 1
+    times a uniform number to the power of 1 / alpha (G. Marsaglia, W. W. Tsang, ACM TOMS 26, 2000, section 8).
+    """
+    gamma = torch._standard_gamma(torch.full((2, n), alpha + 1.0, device=device))
+    log_gamma = gamma.log() - torch.empty_like(gamma).exponential_() / alpha
+    return torch.sigmoid(log_gamma[0] - log_gamma[1])
