@@ -10,12 +10,14 @@ Recipe: F. Schmid et al., "Distilling the Knowledge of Transformers and CNNs wit
 
 import argparse
 import logging
+import os
 import sys
 
 import torch
 from torch import Tensor
 
 from datasets.synthetic import SYNTHETIC_NOTICE
+from datasets.tau import read_meta
 from datasets.waveforms import Batch
 from helpers import cli
 from helpers.augment import AugmentConfig
@@ -25,6 +27,7 @@ from helpers.data import (
     DataConfig,
     check_n_classes,
     data_digests,
+    dataset_root,
     load_augment,
     load_data,
     load_teacher,
@@ -194,6 +197,9 @@ def dry_run(args: argparse.Namespace, model: torch.nn.Module, frontend: torch.nn
         print(f"{name:24} {value}")
     report = complexity(args, model, frontend)
     print(f"\n{args.model} on {report.input_shape} (channel, mel, time), one second:\n{table(report)}")
+    data_config = cli.config_from(args, DataConfig)
+    if args.val_fraction > 0 and (data_config.dataset_dir or os.environ.get("TAU22_DIR")):
+        print(f"\nheld out are whole recordings, told apart by {read_meta(dataset_root(data_config)).recordings_by}")
     if args.enforce_limits:
         enforce_limits(report)
     return {"n_parameters": report.trained.n_parameters, "macs": report.trained.arithmetic_macs}

@@ -35,11 +35,11 @@ def read_format(path: Path, remedy: str = EXTRACT) -> AudioFormat:
     Raises:
         DataError: when the file is missing, no audio, or has a header that cannot be true.
     """
-    with _opened(path, remedy) as file:
+    with open_audio(path, remedy) as file:
         found = AudioFormat(file.samplerate, file.frames)
         if file.seekable():
             return found
-        return AudioFormat(found.sample_rate, sum(map(len, _blocks(file))))  # GSM: the header does not tell
+        return AudioFormat(found.sample_rate, sum(map(len, read_blocks(file))))  # GSM: the header does not tell
 
 
 def read_audio(path: Path, sample_rate: int, expected: AudioFormat | None = None, remedy: str = EXTRACT) -> np.ndarray:
@@ -54,42 +54,40 @@ def read_audio(path: Path, sample_rate: int, expected: AudioFormat | None = None
         DataError: when the file is missing, no audio, cut short, not of the `expected` format, or holds samples that
             are not finite or far beyond full scale.
     """
-    with _opened(path, remedy) as file:
+    with open_audio(path, remedy) as file:
         rate, n_frames, is_seekable = file.samplerate, file.frames, file.seekable()
         if expected is not None and (rate, n_frames) != (expected.sample_rate, expected.n_frames) and is_seekable:
             found = AudioFormat(rate, n_frames)
             raise DataError(f"{path} has {found}, the other clips have {expected}: all clips of a data set must agree")
-        blocks = list(_blocks(file))
+        blocks = list(read_blocks(file))
     waveform = np.concatenate(blocks) if blocks else np.zeros((0, 1), np.float32)  # (sample, channel)
     if is_seekable and len(waveform) != n_frames:
         raise DataError(f"{path} is cut short: {len(waveform)} of {n_frames} samples: {remedy}")
     if expected is not None and len(waveform) != expected.n_frames:
         raise DataError(f"{path} has {len(waveform)} samples, the other clips have {expected}: all clips must agree")
-    check_samples(path, waveform)
+    if (problem := odd_samples(waveform)) is not None:
+        raise DataError(f"{path} {problem}")
     waveform = waveform[:, 0] if waveform.shape[1] == 1 else waveform.mean(axis=1)
     return resample(waveform, rate, sample_rate)
 
 
-def check_samples(path: Path, waveform: np.ndarray) -> None:
-    """Refuses samples that no recording holds.
-
-    Raises:
-        DataError: for NaN, infinity, and floats that stand for integers.
-    """
+def odd_samples(waveform: np.ndarray) -> str | None:
+    """Says what is wrong with samples that no recording holds: NaN, infinity, floats that stand for integers."""
     if not waveform.size:
-        return
+        return None
     low, high = float(waveform.min()), float(waveform.max())  # NaN where there is one
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise DataError(f"{path} holds samples that are NaN or infinite: write it anew")
+        return "holds samples that are NaN or infinite: write it anew"
     if max(-low, high) > LARGEST_SAMPLE:
-        raise DataError(
-            f"{path} holds samples up to {max(-low, high):g} where 1 is full scale: divide them (by 32768 where they "
-            "were 16-bit integers) and write it anew"
+        return (
+            f"holds samples up to {max(-low, high):g} where 1 is full scale: divide them (by 32768 where they were "
+            "16-bit integers) and write it anew"
         )
+    return None
 
 
 @contextmanager
-def _opened(path: Path, remedy: str) -> Iterator[soundfile.SoundFile]:
+def open_audio(path: Path, remedy: str = EXTRACT) -> Iterator[soundfile.SoundFile]:
     """An audio file whose header has been looked at.
 
     Raises:
@@ -118,9 +116,9 @@ def _opened(path: Path, remedy: str) -> Iterator[soundfile.SoundFile]:
         raise DataError(f"{path} cannot be read as audio ({reason}): {remedy}") from error
 
 
-def _blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
-    """The samples that are there, (sample, channel) float32, a piece at a time."""
-    while len(block := file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
+def read_blocks(file: soundfile.SoundFile, dtype: str = "float32") -> Iterator[np.ndarray]:
+    """The samples that are there, (sample, channel), a piece at a time."""
+    while len(block := file.read(BLOCK_FRAMES, dtype=dtype, always_2d=True)):
         yield block
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from datasets.audio import AudioFormat
+from datasets.audio import AudioFormat, odd_samples, open_audio, read_blocks, read_format
 from datasets.tau import (
     META_COLUMNS,
     TAU22_N_CLIPS,
@@ -31,6 +31,7 @@ from datasets.tau import train_rows as rows_for_training
 TAU22_FOLDER = "TAU-urban-acoustic-scenes-2022-mobile-development"
 TAU22_FORMAT = AudioFormat(sample_rate=44100, n_frames=44100)
 N_EXAMPLES = 5
+INTEGER_SUBTYPES = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32"}
 DOWNLOAD_AGAIN = "extract its archive again (`python run_dataset.py download` repairs what is missing)"
 
 
@@ -54,6 +55,7 @@ class Examined:
     format: AudioFormat | None = None  # None: unreadable
     n_read: int = 0  # samples that could be decoded
     is_silent: bool = False
+    odd: str = ""  # what is wrong with the samples, in words
     digest: bytes = b""  # of the samples
 
 
@@ -134,7 +136,7 @@ def _check_files(meta: Meta, expected: AudioFormat | None, quick: bool, progress
         for folder in sorted({Path(file).parent.as_posix() for file in listed} | {"audio"})
         if (meta.root / folder).is_dir()
         for entry in os.scandir(meta.root / folder)
-        if entry.is_file() and entry.name.lower().endswith(".wav")
+        if entry.is_file() and (f"{folder}/{entry.name}" in listed or _is_audio(entry.name))
     }
     if missing := sorted(listed - present):
         yield Finding("listed clip has no file", f"extract all archives: {DOWNLOAD_AGAIN}", missing)
@@ -143,7 +145,7 @@ def _check_files(meta: Meta, expected: AudioFormat | None, quick: bool, progress
 
     by_format: dict[AudioFormat, list[str]] = defaultdict(list)
     by_digest: dict[bytes, list[str]] = defaultdict(list)
-    unreadable, cut, silent = [], [], []
+    unreadable, cut, silent, odd = [], [], [], []
     files = sorted(listed & present)
     for file, found in _examine_all(meta.root, files, quick, progress):
         if found.format is None:
@@ -154,6 +156,8 @@ def _check_files(meta: Meta, expected: AudioFormat | None, quick: bool, progress
             continue
         if found.n_read != found.format.n_frames:
             cut.append(file)
+        elif found.odd:
+            odd.append(f"{file}: {found.odd}")
         elif found.is_silent:
             silent.append(file)
         else:
@@ -162,6 +166,8 @@ def _check_files(meta: Meta, expected: AudioFormat | None, quick: bool, progress
         yield Finding("file cannot be read as audio", DOWNLOAD_AGAIN, unreadable)
     if cut:
         yield Finding("file is cut short", DOWNLOAD_AGAIN, cut)
+    if odd:
+        yield Finding("samples are not those of a recording", "write it anew, or leave it out of meta.csv", odd)
     if silent:
         yield Finding("clip is silent", f"{DOWNLOAD_AGAIN}; if it stays silent, leave it out of meta.csv", silent)
     if twins := [f"{' = '.join(sorted(same))}" for same in by_digest.values() if len(same) > 1]:
@@ -184,13 +190,25 @@ def _examine_all(root: Path, files: list[str], quick: bool, progress: bool) -> I
                 bar.update(len(piece))
 
 
+def _is_audio(name: str) -> bool:
+    """Whether a file looks like a recording; what Macs leave beside files (._x.wav) does not."""
+    return not name.startswith(".") and Path(name).suffix[1:].upper() in soundfile.available_formats()
+
+
 def _examine(path: Path, quick: bool) -> Examined:
     try:
-        with soundfile.SoundFile(str(path)) as file:
-            form = AudioFormat(file.samplerate, file.frames)
-            if quick:
-                return Examined(form)
-            samples = file.read(dtype="int32")
-    except (soundfile.SoundFileError, OSError):
+        if quick:
+            return Examined(read_format(path))
+        with open_audio(path) as file:
+            form, is_seekable = AudioFormat(file.samplerate, file.frames), file.seekable()
+            # Integers are compared as they are; floats as integers would lose their range.
+            is_integer = file.subtype in INTEGER_SUBTYPES
+            blocks = list(read_blocks(file, "int32" if is_integer else "float32"))
+    except DataError:
         return Examined()
-    return Examined(form, len(samples), not samples.any(), hashlib.blake2b(samples, digest_size=16).digest())
+    samples = np.concatenate(blocks) if blocks else np.zeros((0, 1), np.int32)
+    if not is_seekable:
+        form = AudioFormat(form.sample_rate, len(samples))
+    odd = "" if is_integer else (odd_samples(samples) or "")
+    digest = hashlib.blake2b(np.ascontiguousarray(samples), digest_size=16).digest()
+    return Examined(form, len(samples), not samples.any(), odd, digest)

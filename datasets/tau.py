@@ -4,6 +4,8 @@ Source: A. Mesaros, T. Heittola, T. Virtanen, "A multi-device dataset for urban 
 Workshop 2018; TAU Urban Acoustic Scenes 2022 Mobile, development dataset, https://zenodo.org/records/6337421.
 """
 
+import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +30,10 @@ TAU22_PAGE = "https://zenodo.org/records/6337421"
 SUBSETS = (5, 10, 25, 50, 100)  # percent of the training part, DCASE 2024 Task 1
 SUBSET_URL = "https://github.com/CPJKU/dcase2024_task1_baseline/releases/download/files/split{subset}.csv"
 META_COLUMNS = ("filename", "scene_label", "identifier", "source_label")
+# Absolute paths, drives, folders above, and what no file is called.
+LEAVES_FOLDER = re.compile(r"^[/\\]|^[A-Za-z]:|(?:^|[/\\])\.\.(?:[/\\]|$)|[\x00-\x1f]")
+
+log = logging.getLogger(__name__)
 
 
 class DataError(ValueError):
@@ -49,7 +55,7 @@ class ClipName:
 def parse_clip_name(file: str) -> ClipName | None:
     """Splits a file name into its parts; None where it does not follow TAU22's pattern."""
     parts = Path(file).stem.split("-")
-    if len(parts) != 6 or not parts[4].isdigit():
+    if len(parts) != 6 or not re.fullmatch("[0-9]{1,9}", parts[4]):
         return None
     return ClipName(*parts[:4], int(parts[4]), parts[5])
 
@@ -58,6 +64,26 @@ def recording_key(file: str) -> str:
     """What the clips of one recording share over all segments and devices; a name of another pattern stands alone."""
     name = parse_clip_name(file)
     return file if name is None else f"{name.scene}-{name.city}-{name.location}-{name.recording}"
+
+
+def recordings_of(files: Sequence[str], identifiers: Sequence[str], devices: Sequence[str]) -> tuple[np.ndarray, str]:
+    """What each clip was cut from, the same for all devices that recorded it together; and in words how that was found.
+
+    In TAU's names, `<scene>-<city>-<location>-<recording>[-<segment>]-<recording device>` (with a segment since 2022),
+    it is what stands before segment and device. For other names the column identifier of meta.csv decides.
+    """
+    recordings, n_named = [], 0
+    for file, identifier, device in zip(files, identifiers, devices, strict=True):
+        parts = Path(file).stem.split("-")
+        is_named = parts[-1] == device and (len(parts) == 5 or parse_clip_name(file) is not None)
+        n_named += is_named
+        recordings.append("-".join(parts[:4]) if is_named else f"identifier {identifier}")
+    words = "the file names, up to segment and device"
+    if n_named == 0:
+        words = "the column identifier of meta.csv"
+    elif n_named < len(files):
+        words += f" (the column identifier for {len(files) - n_named} clips with other names)"
+    return np.array(recordings, dtype=object), words
 
 
 def segment_order(files: Sequence[str]) -> np.ndarray:
@@ -87,6 +113,8 @@ class Meta:
     scenes: tuple[str, ...]
     recording_devices: tuple[str, ...]
     cities: tuple[str, ...]
+    recording: np.ndarray | None = None  # what each clip was cut from, see `recordings_of`
+    recordings_by: str = ""  # how that was found, in words
 
     def __len__(self) -> int:
         return len(self.files)
@@ -114,7 +142,7 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             f"`python run_dataset.py download` ({TAU22_PAGE})"
         )
     try:
-        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except (ValueError, UnicodeDecodeError) as error:  # pandas' parser errors are ValueErrors
         raise DataError(f"{path} is no tab-separated table ({error}): extract it again") from error
     missing = [name for name in columns if name not in table.columns]
@@ -135,8 +163,10 @@ def _encode(values: pd.Series, published: tuple[str, ...]) -> tuple[np.ndarray, 
 def read_meta(root: Path | str) -> Meta:
     """Reads `root`/meta.csv.
 
+    Blanks around labels are not part of them: they are taken off, and the log says so.
+
     Raises:
-        DataError: when it is missing, lacks a column, is empty, or names a file twice.
+        DataError: when it is missing, lacks a column, is empty, names a file twice, or one outside of `root`.
     """
     path = Path(root) / "meta.csv"
     table = read_table(path, META_COLUMNS)
@@ -144,6 +174,15 @@ def read_meta(root: Path | str) -> Meta:
         blank = np.flatnonzero(table[column].str.strip() == "")
         if len(blank):
             raise DataError(f"{path} line {blank[0] + 2}: the column {column} is empty")
+    outside = np.flatnonzero(table.filename.str.contains(LEAVES_FOLDER))
+    if len(outside):
+        line = outside[0]
+        raise DataError(f"{path} line {line + 2}: {table.filename[line]!r} does not lie in the data set's folder")
+    for column in META_COLUMNS[1:]:
+        stripped = table[column].str.strip()
+        if n_blank := int((stripped != table[column]).sum()):
+            log.warning("%s: blanks around %d values of %s are taken off", path, n_blank, column)
+        table[column] = stripped
     twice = table.filename[table.filename.duplicated()]
     if len(twice):
         raise DataError(f"{path} lists {twice.iloc[0]} more than once ({len(twice)} repeated lines): remove them")
@@ -151,7 +190,10 @@ def read_meta(root: Path | str) -> Meta:
     recording_device, recording_devices = _encode(table.source_label, RECORDING_DEVICES)
     city, cities = _encode(table.identifier.str.split("-").str[0], CITIES)
     files = table.filename.to_numpy(dtype=object)
-    return Meta(Path(root), files, scene, recording_device, city, scenes, recording_devices, cities)
+    recording, recordings_by = recordings_of(files, table.identifier, table.source_label)
+    return Meta(
+        Path(root), files, scene, recording_device, city, scenes, recording_devices, cities, recording, recordings_by
+    )
 
 
 def read_split(meta: Meta, path: Path) -> np.ndarray:
@@ -186,7 +228,7 @@ def hold_out_recordings(meta: Meta, rows: np.ndarray, fraction: float, seed: int
     Raises:
         DataError: when one of the two parts would be empty.
     """
-    keys = np.array([recording_key(file) for file in meta.files[rows]])
+    keys = meta.recording[rows].astype(str)
     recordings = np.unique(keys)
     n_held = round(fraction * len(recordings))
     if not 0 < n_held < len(recordings):

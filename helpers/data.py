@@ -97,6 +97,7 @@ def load_data(config: DataConfig, sample_rate: int, seed: int) -> Data:
     groups = device_groups(meta, rows)
     if config.val_fraction > 0:
         rows, val = hold_out_recordings(meta, rows, config.val_fraction, seed)
+        log.info("%d clips of whole recordings are held out, told apart by %s", len(val), meta.recordings_by)
     test = test_rows(meta)
     both = np.intersect1d(rows, test)
     if len(both):

@@ -68,3 +68,44 @@ def test_a_part_of_tau22_is_compared_with_the_published_counts(tau, tmp_path):
 def test_a_folder_without_meta_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"meta\.csv is missing"):
         check(tmp_path)
+
+
+def as_float(path, change) -> None:
+    samples, rate = soundfile.read(path, dtype="float32")
+    soundfile.write(path, change(samples), rate, subtype="FLOAT")
+
+
+def test_float_files_are_read_as_floats(tau):
+    for file in read_meta(tau.root).files:
+        as_float(tau.root / file, lambda x: 0.4 * x)
+    assert problems(tau.root) == {}
+
+
+def test_samples_that_no_recording_holds_are_reported(tau):
+    files = read_meta(tau.root).files
+
+    def with_nan(x):
+        x[7] = np.nan
+        return x
+
+    as_float(tau.root / files[0], with_nan)
+    as_float(tau.root / files[1], lambda x: 32768 * x)
+    (found,) = problems(tau.root).values()
+    found = {file: message for message in found for file in files if file in message}
+    assert found.keys() == {files[0], files[1]}
+    assert "NaN or infinite" in found[files[0]]
+    assert "where 1 is full scale" in found[files[1]]
+
+
+def test_other_formats_than_wav_are_read(tau):
+    meta = tau.root / "meta.csv"
+    for path in sorted((tau.root / "audio").glob("*.wav")):
+        samples, rate = soundfile.read(path)
+        soundfile.write(path.with_suffix(".flac"), samples, rate, subtype="PCM_24")
+        path.unlink()
+    for table in (meta, *(tau.root / "evaluation_setup").glob("*.csv")):
+        table.write_text(table.read_text().replace(".wav", ".flac"))
+    (tau.root / "audio" / "._bus.flac").write_bytes(b"what a Mac leaves")
+    assert problems(tau.root) == problems(tau.root, quick=True) == {}
+    (tau.root / "audio" / "more.flac").write_bytes(b"")
+    assert problems(tau.root)["audio file that meta.csv does not list"] == ["audio/more.flac"]

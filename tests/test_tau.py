@@ -134,3 +134,66 @@ def test_a_split_with_an_unknown_clip_is_an_error(tau):
 def test_a_missing_data_set_names_the_remedy(tmp_path):
     with pytest.raises(DataError, match=r"--dataset_dir.*run_dataset.py download"):
         read_meta(tmp_path)
+
+
+def write_meta(root, rows: list[tuple[str, str, str, str]]) -> None:
+    lines = ["filename\tscene_label\tidentifier\tsource_label", *("\t".join(row) for row in rows)]
+    (root / "meta.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def test_recordings_of_older_editions_are_held_out_on_all_devices(tmp_path):
+    """TAU 2019 and 2020 name scene, city, location, segment and device; the devices recorded together."""
+    rows = [
+        (f"audio/bus-lyon-{place}-{segment}-{device}.wav", "bus", f"lyon-{place}", device)
+        for place in range(5) for segment in range(4) for device in ("a", "b", "s1")
+    ]  # fmt: skip
+    write_meta(tmp_path, rows)
+    meta = read_meta(tmp_path)
+    assert meta.recordings_by == "the file names, up to segment and device"
+    assert len(set(meta.recording)) == 20
+    kept, held = hold_out_recordings(meta, np.arange(len(meta)), 0.25, seed=0)
+    assert len(held) == 15
+    assert not {meta.files[i].rsplit("-", 1)[0] for i in kept} & {meta.files[i].rsplit("-", 1)[0] for i in held}
+
+
+def test_recordings_under_other_names_are_told_by_the_identifier(tmp_path):
+    rows = [(f"clips/{i:04}.flac", "bus", f"paris-{i // 5}", "phone") for i in range(30)]
+    write_meta(tmp_path, rows)
+    meta = read_meta(tmp_path)
+    assert meta.recordings_by == "the column identifier of meta.csv"
+    assert len(set(meta.recording)) == 6
+    rows.append(("audio/bus-lyon-1-2-0-a.wav", "bus", "lyon-1", "a"))
+    write_meta(tmp_path, rows)
+    assert "the column identifier for 30 clips with other names" in read_meta(tmp_path).recordings_by
+
+
+def test_the_recordings_of_tau22_are_what_they_were(full_size):
+    assert full_size.recording.tolist() == [recording_key(file) for file in full_size.files]
+
+
+def test_blanks_make_no_new_classes(tmp_path, caplog):
+    write_meta(tmp_path, [("audio/1.wav", "bus ", "lyon-1", "a"), ("audio/2.wav", " bus", "lyon-1", "a ")])
+    meta = read_meta(tmp_path)
+    assert meta.scenes == SCENES and set(meta.scene) == {SCENES.index("bus")}
+    assert set(meta.recording_device) == {0}
+    assert "blanks around 2 values of scene_label" in caplog.text
+    assert "blanks around 1 values of source_label" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["../x.wav", "audio/../../x.wav", "/etc/x.wav", "C:\\x.wav", "..\\x.wav", "a\x00.wav"])
+def test_clips_outside_of_the_folder_are_refused(tmp_path, name):
+    write_meta(tmp_path, [("audio/..wav", "bus", "lyon-1", "a"), (name, "bus", "lyon-1", "a")])
+    with pytest.raises(DataError, match=r"line 3: .* does not lie in the data set's folder"):
+        read_meta(tmp_path)
+
+
+def test_a_mark_of_the_encoding_is_no_part_of_a_column(tmp_path):
+    write_meta(tmp_path, [("audio/1.wav", "bus", "lyon-1", "a")])
+    text = (tmp_path / "meta.csv").read_text()
+    (tmp_path / "meta.csv").write_text(text, encoding="utf-8-sig")
+    assert len(read_meta(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("segment", ["\u00b2", "\u0663", "-1", "1.5", "9" * 30])
+def test_a_segment_is_a_plain_number(segment):
+    assert parse_clip_name(f"audio/bus-lyon-1-2-{segment}-a.wav") is None
