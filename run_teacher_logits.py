@@ -6,15 +6,15 @@
   python run_training.py --teacher_logits ensemble.pt
 
 A teacher is a published name, the id of a run, a checkpoint, or a file of logits: one of this script, the published
-ensemble_logits.pt, or predictions_<subset>.pt of easy_dcase_task1. Audio is streamed; what the networks answered lies
-in <output>.parts until the end, so the same command goes on where a stopped or killed one was.
+ensemble_logits.pt, predictions_<subset>.pt of easy_dcase_task1, or the table of a challenge entry (filename,
+scene_label, a column for each scene). Audio is streamed; what the networks answered lies in <output>.parts until the
+end, so the same command goes on where a stopped or killed one was.
 """
 
 import argparse
 import hashlib
 import json
 import logging
-import pickle
 import shlex
 import shutil
 import sys
@@ -29,9 +29,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datasets.cache import WaveformStore, open_store
+from datasets.files import ContentError
 from datasets.synthetic import SYNTHETIC_NOTICE
 from datasets.tau import DataError, Meta, read_meta, read_split, test_rows, train_rows
-from datasets.teacher_logits import is_logits, read_logits
+from datasets.teacher_logits import is_logits, read_logits, read_logits_file
 from datasets.waveforms import Clips, batches
 from helpers import cli
 from helpers.checkpoint import CheckpointError, save_checkpoint
@@ -206,8 +207,8 @@ def read_provenance(spec: str) -> tuple[bool, Any]:
     if not Path(spec).is_file():
         return False, None
     try:
-        content = torch.load(spec, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError):
+        content = read_logits_file(Path(spec))
+    except ContentError:
         return False, None  # as a checkpoint it is told what is wrong with it
     if not is_logits(content):
         return False, None

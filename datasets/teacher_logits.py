@@ -1,39 +1,80 @@
 """Teacher logits: one row of class scores for each clip, matched by file name.
 
-Three forms are read:
+Four forms are read:
 - our own (written by run_teacher_logits.py): a dict with `files` (list of names), `logits` (clip, class) and `scenes`
   (the class order); what else is in it tells where it comes from;
 - the published `ensemble_logits.pt`: a bare tensor (rows, 10), row r for row r of TAU22's meta.csv; it holds the rows
   twice, the second half (time-rolled clips) is not used;
 - `predictions_<subset>.pt` of easy_dcase_task1: a bare tensor (rows, 10), row r for row r of `<subset>.csv`, a list
-  beside the file, or one of the data set's, or of its data-efficient splits.
+  beside the file, or one of the data set's, or of its data-efficient splits;
+- the table of a challenge entry, parted by tabs or commas: filename, scene_label, and a column of logits or
+  probabilities for each scene, in any order.
 
 Sources: https://github.com/fschmid56/cpjku_dcase23, release ensemble_logits; https://github.com/yqcai888/easy_dcase_task1.
 """
 
+import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
+from datasets.files import ContentError, check_content
 from datasets.tau import DataError, Meta, read_table
+from datasets.torch_file import read_torch_file
+
+log = logging.getLogger(__name__)
 
 TEACHER_LOGITS_URL = "https://github.com/fschmid56/cpjku_dcase23/releases/download/ensemble_logits/ensemble_logits.pt"
-OWN_FORM = {"files", "logits", "scenes"}
+OWN_FORM = {"files": [str], "logits": Tensor, "scenes": [str]}
+TABLE_COLUMNS = ("filename", "scene_label")  # what a table begins with; a column for each scene follows
 PREDICTIONS = re.compile(r"predictions_(?P<subset>.+)\.pt")
 FOLDS = {"train": "fold1_train.csv", "valid": "fold1_evaluate.csv", "test": "fold1_evaluate.csv"}
 # A teacher of this data set is far better than chance on its own training clips; rows of another list are not.
 ALIGNED_ACCURACY_OVER_CHANCE = 3.0
 MIN_CLIPS_TO_JUDGE = 100
+MIN_PROBABILITY = 1e-7  # what a probability of 0 is taken for: it was rounded
 
 
 def is_logits(content: Any) -> bool:
-    """Whether what `torch.load` returned is a file of logits, not a checkpoint."""
-    return isinstance(content, Tensor) or (isinstance(content, Mapping) and content.keys() >= OWN_FORM)
+    """Whether what a file holds are logits, not a checkpoint."""
+    return isinstance(content, Tensor) or (isinstance(content, Mapping) and content.keys() >= OWN_FORM.keys())
+
+
+def read_logits_file(path: Path) -> Any:
+    """What a file of teacher logits holds: a bare tensor, or our own form, in which tables come as well.
+
+    Raises:
+        OSError: when it is missing or cannot be read.
+        ContentError: when it is neither a table nor a file of `torch.save`.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            if re.match(rb'(\xef\xbb\xbf)?"?filename"?[\t,;]', file.read(20)):
+                return _table(path)
+    return read_torch_file(path)
+
+
+def _table(path: Path) -> dict[str, Any]:
+    try:
+        table = pd.read_csv(path, sep=None, engine="python", encoding="utf-8-sig", skipinitialspace=True)
+    except (ValueError, pd.errors.ParserError) as error:  # of bytes that are no text, of rows of unequal length
+        raise ContentError(f"is no table that can be read ({error})") from error
+    table.columns = [str(column).strip() for column in table.columns]
+    scenes = [column for column in table.columns if column not in TABLE_COLUMNS]
+    try:
+        values = table[scenes].to_numpy(dtype=np.float64)
+    except (ValueError, TypeError) as error:
+        raise ContentError(f"holds scores that are no numbers ({error})") from error
+    if len(values) and (values >= 0).all() and (np.abs(values.sum(axis=1) - 1) < 0.01 * len(scenes)).all():
+        values = np.log(np.maximum(values, MIN_PROBABILITY))  # log-probabilities are logits
+    files = [str(file).strip() for file in table.filename]
+    return {"files": files, "logits": torch.from_numpy(values), "scenes": scenes, "is_table": True}
 
 
 def read_teacher_logits(
@@ -71,56 +112,96 @@ def read_logits(
     """As `read_teacher_logits`, in the precision of the file: (clip, class) float16, float32 or float64."""
     path = Path(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_logits_file(path)
+        if isinstance(content, Mapping):
+            check_content(content, OWN_FORM)
+            files, logits = _own_form(path, content, meta)
+        elif isinstance(content, Tensor):
+            files, logits = _bare_tensor(path, content, meta, find_split)
+        else:
+            raise ContentError(f"holds an object of type {type(content).__name__}")
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing: name the file of teacher logits with --teacher_logits") from error
-    except Exception as error:  # torch.load raises many kinds for a file that is not its own
-        raise DataError(f"{path} is no file of teacher logits: delete it to have it fetched again") from error
-    if isinstance(content, dict):
-        files, logits = _own_form(path, content, meta)
-    else:
-        files, logits = _bare_tensor(path, content, meta, find_split)
-    row_of = meta.row_of if files is None else {file: row for row, file in enumerate(files)}
+    except ContentError as error:
+        raise DataError(f"{path} is no file of teacher logits: {error}") from error
+    row_of = meta.row_of if files is None else _row_of(path, files, logits)
     missing = [file for file in meta.files[rows] if file not in row_of]
     if missing:
         raise DataError(f"{path} has no logits for {len(missing)} of {len(rows)} {part} clips, first {missing[0]}")
     selected = logits[[row_of[file] for file in meta.files[rows]]]
     # numpy has no bfloat16, every value of which float32 holds.
-    taken = (selected.float() if selected.dtype == torch.bfloat16 else selected).numpy()
+    taken = (selected.float() if selected.dtype not in (torch.float16, torch.float64) else selected).numpy()
     if not np.isfinite(taken).all():
         raise DataError(f"{path} holds logits that are not finite")
-    _check_alignment(path, taken, meta, rows, part)
+    _check_alignment(path, taken, meta, rows, part, is_named=isinstance(content, Mapping))
     return taken
 
 
-def _check_alignment(path: Path, logits: np.ndarray, meta: Meta, rows: np.ndarray, part: str) -> None:
+def _row_of(path: Path, files: Sequence[str], logits: Tensor) -> dict[str, int]:
+    """File name -> row; a clip may be listed again with the same row.
+
+    Raises:
+        DataError: for a clip with two different rows.
+    """
+    row_of: dict[str, int] = {}
+    for row, file in enumerate(files):
+        first = row_of.setdefault(file, row)
+        if first != row and not torch.equal(logits[first], logits[row]):
+            raise DataError(f"{path} names {file} twice, with different logits: leave one of them in it")
+    return row_of
+
+
+def _check_alignment(
+    path: Path, logits: np.ndarray, meta: Meta, rows: np.ndarray, part: str, is_named: bool
+) -> None:  # fmt: skip
+    """Rows without names that know no labels are of another list; with names it is a bad teacher, and said so."""
     accuracy = float((logits.argmax(axis=1) == meta.scene[rows]).mean())
     chance = 1 / len(meta.scenes)
-    if len(rows) >= MIN_CLIPS_TO_JUDGE and accuracy < min(ALIGNED_ACCURACY_OVER_CHANCE * chance, (1 + chance) / 2):
+    enough = min(ALIGNED_ACCURACY_OVER_CHANCE * chance, (1 + chance) / 2)
+    if len(rows) < MIN_CLIPS_TO_JUDGE or accuracy >= enough:
+        return
+    found = f"the teacher is right on {accuracy:.1%} of the {part} clips, chance is {chance:.1%}"
+    if not is_named:
         raise DataError(
-            f"{path} does not fit {meta.root / 'meta.csv'}: the teacher is right on {accuracy:.1%} of the {part} "
-            f"clips, chance is {chance:.1%}; the rows belong to another list of clips"
+            f"{path} does not fit {meta.root / 'meta.csv'}: {found}; the rows belong to another list of clips"
         )
+    log.warning("%s: %s", path, found)
 
 
 def _own_form(path: Path, content: Mapping[str, Any], meta: Meta) -> tuple[list[str], Tensor]:
-    if not content.keys() >= OWN_FORM:
-        raise DataError(f"{path} lacks one of files, logits, scenes; it has {', '.join(map(str, [*content][:5]))}")
-    files, logits, scenes = content["files"], content["logits"], tuple(content["scenes"])
-    if scenes != meta.scenes:
+    files, scenes = list(content["files"]), tuple(content["scenes"])
+    is_table = content.get("is_table") is True
+    if scenes != meta.scenes and not (is_table and sorted(scenes) == sorted(meta.scenes)):
         raise DataError(f"{path} is for the scenes {', '.join(scenes)}, the data set has {', '.join(meta.scenes)}")
-    if not isinstance(logits, Tensor) or tuple(logits.shape) != (len(files), len(scenes)):
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise DataError(f"{path} has logits {shape} for {len(files)} files and {len(scenes)} scenes")
+    logits = _plain(content["logits"])
+    if tuple(logits.shape) != (len(files), len(scenes)):
+        raise DataError(f"{path} has logits {tuple(logits.shape)} for {len(files)} files and {len(scenes)} scenes")
+    if is_table:  # its columns have names
+        logits = logits[:, [scenes.index(scene) for scene in meta.scenes]]
+        known, folder = set(meta.row_of), "audio/"
+        files = [folder + file if file not in known and folder + file in known else file for file in files]
     return files, logits
 
 
+def _plain(logits: Tensor) -> Tensor:
+    """Without what training, or saving a part of a network, leaves on a tensor.
+
+    Raises:
+        ContentError: for other values than floating-point ones that lie in the file.
+    """
+    if logits.layout != torch.strided or logits.device.type != "cpu" or not logits.is_floating_point():
+        kind = f"{logits.layout} {logits.dtype} on {logits.device}".replace("torch.", "")
+        raise ContentError(f"its logits are {kind}, where floating-point values are needed")
+    return logits.detach()
+
+
 def _bare_tensor(
-    path: Path, logits: object, meta: Meta, find_split: Callable[[int], Path] | None
+    path: Path, logits: Tensor, meta: Meta, find_split: Callable[[int], Path] | None
 ) -> tuple[list[str] | None, Tensor]:
     """File names by row, None for the rows of meta.csv, and the logits."""
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or not logits.is_floating_point():
-        raise DataError(f"{path} holds no table of logits (clip, class): delete it to have it fetched again")
+    logits = _plain(logits)
+    if logits.ndim != 2:
+        raise ContentError(f"its tensor has the shape {tuple(logits.shape)}, where (clip, class) is needed")
     n_rows, n_classes = logits.shape
     if match := PREDICTIONS.fullmatch(path.name):
         source = _subset_list(path, match["subset"], meta, find_split)
@@ -147,7 +228,7 @@ def _subset_list(path: Path, subset: str, meta: Meta, find_split: Callable[[int]
         return meta.root / "meta.csv"
     if subset in FOLDS:
         return meta.root / "evaluation_setup" / FOLDS[subset]
-    split = re.fullmatch(r"split(\d+)", subset)
+    split = re.fullmatch(r"split([0-9]{1,9})", subset)
     if split is None or find_split is None:
         raise DataError(f"{path} follows the rows of {subset}.csv: put that list beside it, as {beside}")
     return find_split(int(split[1]))

@@ -231,7 +231,7 @@ def poison(path: str, change) -> None:
         (lambda: poison("beats.pt", lambda c: c["model"]["state"]["classifier.linear.bias"].fill_(1e6)), ["beats.pt"],
          "leaves the range of 16-bit floats for 27 of 27"),
     ],
-    ids=["unknown", "gone", "page", "scenes", "nan", "missing", "range"],
+    ids=["unknown", "gone", "page", "scenes", "nan", "overflow", "missing", "range"],
 )  # fmt: skip
 def test_what_cannot_be_used_is_one_clear_error(here, prepare, teachers, message):
     prepare()

@@ -1,3 +1,4 @@
+import random
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +44,22 @@ def test_own_form_is_matched_by_name(tau, tmp_path):
         (lambda c: c | {"files": c["files"][1:], "logits": c["logits"][1:]}, "no logits for 1 of"),
         (lambda c: c | {"scenes": c["scenes"][::-1]}, "is for the scenes tram"),
         (lambda c: c | {"logits": c["logits"][:, :9]}, "has logits"),
-        (lambda c: {"files": c["files"]}, "lacks one of"),
+        (lambda c: {"files": c["files"]}, "logits is missing"),
         (lambda c: c | {"logits": c["logits"] * float("nan")}, "not finite"),
         (lambda c: c | {"logits": c["logits"].float() + 1e5}, "beyond the range of 16-bit"),
-        (lambda c: c | {"logits": c["logits"].tolist()}, "has logits list for 27 files"),
+        (lambda c: c | {"logits": c["logits"].tolist()}, "logits is of type list where Tensor"),
+        (
+            lambda c: c | {"files": c["files"] * 2, "logits": torch.cat([c["logits"], 1 - c["logits"]])},
+            "twice, with diff",
+        ),
+        (lambda c: c | {"logits": c["logits"].float() * 1j}, "logits are strided complex64 on cpu"),
+        (lambda c: c | {"logits": c["logits"].to_sparse()}, "logits are sparse_coo"),
+        (lambda c: c | {"files": 3}, "files is of type int"),
+        (lambda c: c | {"scenes": None}, "scenes is None"),
+        (lambda c: [c], "holds an object of type list"),
         (lambda c: torch.zeros(7, 10), "7 x 10"),
-        (lambda c: torch.zeros(3), "no table of logits"),
+        (lambda c: torch.zeros(27, 10, dtype=torch.int8), "logits are strided int8"),
+        (lambda c: torch.zeros(3), r"has the shape \(3,\)"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(tau, tmp_path, change, message):
@@ -69,6 +80,74 @@ def test_rows_of_another_list_are_noticed(tau, tmp_path, monkeypatch):
     read_teacher_logits(tmp_path / "aligned.pt", meta, rows)
     with pytest.raises(DataError, match=r"right on 0\.0%"):
         read_teacher_logits(tmp_path / "shifted.pt", meta, rows)
+
+
+def test_a_bad_teacher_whose_clips_have_names_is_warned_of(tau, tmp_path, monkeypatch, caplog):
+    meta = read_meta(tau.root)
+    rows = rows_for_training(meta)
+    monkeypatch.setattr("datasets.teacher_logits.MIN_CLIPS_TO_JUDGE", 10)
+    content = own_form(meta, meta.files)
+    content["logits"] = content["logits"].roll(1, dims=1)
+    torch.save(content, tmp_path / "logits.pt")
+    assert (read_teacher_logits(tmp_path / "logits.pt", meta, rows) == content["logits"][rows].numpy()).all()
+    assert "right on 0.0% of the training clips, chance is 10.0%" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_logits_of_any_floating_type_with_or_without_gradients(tau, tmp_path, dtype):
+    meta = read_meta(tau.root)
+    rows = rows_for_training(meta)
+    content = own_form(meta, [*meta.files, meta.files[0]])  # a clip may come again with the same row
+    values = content["logits"].to(dtype)
+    torch.save(content | {"logits": values.requires_grad_()}, tmp_path / "named.pt")
+    torch.save(torch.nn.Parameter(values[:-1].detach()), tmp_path / "bare.pt")
+    for file in ("named.pt", "bare.pt"):
+        logits = read_teacher_logits(tmp_path / file, meta, rows)
+        assert (torch.from_numpy(logits) == values[:-1][rows].half()).all()
+
+
+@pytest.mark.parametrize(("separator", "folder"), [("\t", "audio/"), (",", ""), (";", "audio/")])
+@pytest.mark.parametrize("kind", ["logits", "probabilities"])
+def test_the_table_of_a_challenge_entry_is_read(tau, tmp_path, separator, folder, kind):
+    meta = read_meta(tau.root)
+    rows = rows_for_training(meta)
+    logits = predictions(meta.files).double()
+    scores = logits.softmax(1) if kind == "probabilities" else logits
+    order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]  # of the columns
+    lines = [separator.join(["filename", "scene_label", *(meta.scenes[i] for i in order)])]
+    for file, row in zip(meta.files, scores.tolist(), strict=True):
+        name = file.replace("audio/", folder)
+        lines.append(separator.join([name, "bus", *(f"{row[i]:.12f}" for i in order)]))
+    (tmp_path / "entry.csv").write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
+    got = torch.from_numpy(read_logits(tmp_path / "entry.csv", meta, rows))
+    torch.testing.assert_close(got.log_softmax(1), logits[rows].log_softmax(1), rtol=0, atol=1e-6)
+    (tmp_path / "entry.csv").write_text("\n".join(lines).replace("tram", "train"))
+    with pytest.raises(DataError, match="is for the scenes"):
+        read_logits(tmp_path / "entry.csv", meta, rows)
+    (tmp_path / "entry.csv").write_text("\n".join([*lines[:2], lines[2] + "x"]))
+    with pytest.raises(DataError, match="scores that are no numbers"):
+        read_logits(tmp_path / "entry.csv", meta, rows)
+
+
+def test_no_mutation_of_a_file_ends_in_another_error(tau, tmp_path):
+    meta = read_meta(tau.root)
+    rows = rows_for_training(meta)
+    path, draw = tmp_path / "logits.pt", random.Random(4)
+    torch.save(own_form(meta, meta.files), path)
+    whole = path.read_bytes()
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for _ in range(draw.choice([1, 4, 40])):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        if draw.random() < 0.3:
+            start = draw.randrange(len(damaged))
+            del damaged[start : start + draw.randrange(len(damaged))]
+        path.write_bytes(damaged)
+        try:
+            logits = read_teacher_logits(path, meta, rows)
+            assert (logits.argmax(1) == meta.scene[rows]).all()
+        except DataError as error:
+            assert "logits.pt" in str(error) and "\n" not in str(error)
 
 
 def test_a_file_that_is_no_tensor_is_refused(tau, tmp_path):
