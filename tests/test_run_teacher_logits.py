@@ -225,6 +225,8 @@ def poison(path: str, change) -> None:
         (lambda: Path("page.pt").write_text("<html>"), ["page.pt"], "is a web page"),
         (lambda: poison("beats.pt", lambda c: c.update(scenes=list("abcdefghij"))), ["beats.pt"], "scenes a, b, c"),
         (lambda: poison("beats.pt", lambda c: c["model"]["state"]["classifier.linear.bias"].fill_(torch.nan)),
+         ["beats.pt"], r"weights that are NaN or infinite, first in classifier\.linear\.bias"),
+        (lambda: poison("beats.pt", lambda c: c["model"]["state"]["classifier.linear.weight"].fill_(3e38)),
          ["beats.pt"], r"not finite for 8 of 8 clips, first audio/bus-paris-0-0-0-a\.wav"),
         (lambda: poison("beats.pt", lambda c: c["model"]["state"].pop("classifier.linear.bias")), ["beats.pt"],
          r"classifier\.linear\.bias missing"),
