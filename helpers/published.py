@@ -3,7 +3,8 @@
 Read are, with the front end that each network was trained with:
 - Lightning checkpoints of the published CP-JKU scripts (`state_dict` with `model.` names: CP-Mobile, CP-ResNet, PaSST)
   and of easy_dcase_task1 (`state_dict` with `backbone.` names: BEATs);
-- bare state dicts of the same networks, as the published teachers are;
+- state dicts of the same networks, bare as the published teachers are, or below other keys and prefixes of names;
+- CP-Mobile after the published quantization-aware training: its folded biases become norms again;
 - BEATs in its authors' form, {"cfg": {...}, "model": {...}}, with a classifier.
 None of them but the last says what its network is. What leaves no trace in the shapes (strides, pools, attention heads
 of PaSST) is taken from the published network.
@@ -18,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from helpers.state_dicts import as_float32, candidates, log_found, unfolded
 from models.beats import BeatsConfig, some
 from models.beats_checkpoint import TABLE, read_checkpoint
 from models.cp_mobile import make_divisible
@@ -48,20 +50,29 @@ def recognise(path: Path | str, content: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ForeignError: when it holds none of the known networks, or an incomplete one.
     """
-    if {"cfg", "model"} <= content.keys():
+    found = candidates(content, {name: entry for name, (entry, _) in RECOGNISED.items()})
+    if not found and {"cfg", "model"} <= content.keys():
         return _parts(path, "beats", _beats_of_the_authors(path, content))
-    state, problem = content, f"is neither a checkpoint of this project nor one of {NETWORKS}"
-    if isinstance(content.get("state_dict"), Mapping):
-        state, problem = _lightning_state(path, content["state_dict"]), f"holds no {NETWORKS} network"
-    known = [name for name, (entry, _) in RECOGNISED.items() if isinstance(state.get(entry), Tensor)]
-    if not known:
-        raise ForeignError(f"{path} {problem}; found: {some(map(str, state))}")
+    if not found:
+        inner = content.get("state_dict")
+        problem = "is neither a checkpoint of this project nor one of" if inner is None else "holds none of"
+        names = inner if isinstance(inner, Mapping) else content
+        raise ForeignError(f"{path} {problem} {NETWORKS}; found: {some(map(str, names))}")
+    if len(found) > 1:
+        places = [f"{one.network} in {f'{one.where}*' if one.where else 'names without prefix'}" for one in found]
+        raise ForeignError(
+            f"{path} holds more than one network ({' and '.join(places)}): save the one that is meant alone"
+        )
+    name, state = found[0].network, as_float32(found[0].state)
+    log_found(path, found[0])
+    if name == "cp_mobile":
+        state = unfolded(state)
     try:
-        return _parts(path, known[0], RECOGNISED[known[0]][1](path, state))
+        return _parts(path, name, RECOGNISED[name][1](path, state))
     except KeyError as error:
-        raise ForeignError(f"{path} is no whole {known[0]} network: {error} is not in it") from error
+        raise ForeignError(f"{path} is no whole {name} network: {error} is not in it") from error
     except (IndexError, AttributeError, TypeError, ZeroDivisionError) as error:
-        raise ForeignError(f"{path} is no {known[0]} network, its weights have other shapes: {error}") from error
+        raise ForeignError(f"{path} is no {name} network, its weights have other shapes: {error}") from error
 
 
 def _parts(path: Path | str, name: str, network: tuple[dict[str, Any], State]) -> dict[str, Any]:
@@ -74,16 +85,6 @@ def _parts(path: Path | str, name: str, network: tuple[dict[str, Any], State]) -
         "model": {"name": name, "config": config, "state": state},
         "frontend": {"name": frontend, "config": options, "state": {}},
     }
-
-
-def _lightning_state(path: Path | str, state: State) -> dict[str, Tensor]:
-    """Weights of the network alone, under the network's own names."""
-    state = {str(name): value for name, value in state.items()}
-    if not any(name.startswith("backbone.") for name in state):
-        return {name.removeprefix("model."): value for name, value in state.items()}
-    if others := [name for name in state if not name.startswith("backbone.")]:
-        log.info("%s: of other parts than the network, not used: %s", path, some(others))
-    return {name.removeprefix("backbone."): state[name] for name in state if name.startswith("backbone.")}
 
 
 def _cp_mobile(path: Path | str, state: State) -> tuple[dict[str, Any], State]:

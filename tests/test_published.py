@@ -1,5 +1,10 @@
+import logging
+from collections import OrderedDict
+
 import pytest
 import torch
+from torch import nn
+from torch.ao import quantization
 
 from datasets.tau import SCENES
 from helpers.checkpoint import CheckpointError, load_model
@@ -116,7 +121,10 @@ def test_an_encoder_alone_is_refused():
     ("content", "message"),
     [
         ({"weights": torch.zeros(3)}, r"neither a checkpoint of this project nor one of CP-Mobile.*found: weights"),
-        ({"state_dict": {"backbone.conv.weight": torch.zeros(3)}}, "holds no CP-Mobile.* network; found: conv.weight"),
+        (
+            {"state_dict": {"backbone.conv.weight": torch.zeros(3)}},
+            "holds none of CP-Mobile.*backbone.conv",
+        ),
         ({"stage1.block1.conv1.weight": torch.zeros(8, 8, 3, 3)}, "no whole cp_resnet network: 'in_c.0.weight'"),
         ({"state_dict": {7: torch.zeros(3)}}, "found: 7"),
         ({"patch_embed.proj.weight": torch.zeros(3)}, "no passt network, its weights have other shapes"),
@@ -147,3 +155,71 @@ def test_loading_is_strict_and_lists_what_differs(tmp_path, change, message):
     with pytest.raises(CheckpointError, match=message) as error:
         load_model(tmp_path / "w.pt")
     assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module.", "_orig_mod.", "net.", "net_swa.", "module._orig_mod.model."])
+@pytest.mark.parametrize("keys", [(), ("state_dict",), ("model_state_dict",), ("model",), ("net",), ("x", "model")])
+def test_a_wrapped_network_is_found(prefix, keys):
+    state = get_model("cp_mobile", base_channels=8).state_dict()
+    content = {f"{prefix}{name}": value for name, value in state.items()}
+    for key in reversed(keys):
+        content = {key: content, "epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}}
+    part = recognise("x.pt", content)["model"]
+    assert part["state"].keys() == state.keys() and part["config"]["base_channels"] == 8
+
+
+@pytest.mark.parametrize("student", ["", "model.", "student."])
+def test_of_a_student_beside_its_teacher_the_student_is_taken(student, caplog):
+    state = get_model("cp_mobile", base_channels=8).state_dict()
+    content = {f"{student}{name}": value for name, value in state.items()}
+    for prefix in ("teacher_model.", "teacher."):
+        content |= {f"{prefix}{name}": value for name, value in get_model("cp_mobile").state_dict().items()}
+    content |= {"projection.weight": torch.zeros(3), "proj_s.0.bias": torch.zeros(3)}
+    with caplog.at_level(logging.INFO):
+        part = recognise("x.pt", content)["model"]
+    assert part["state"].keys() == state.keys() and part["config"]["base_channels"] == 8
+    assert "not used: teacher_model.in_c" in caplog.text
+
+
+def test_two_networks_are_refused_by_name():
+    state = get_model("cp_mobile", base_channels=8).state_dict()
+    content = {"net": state, "net_swa": {name: value + 1 for name, value in state.items()}}
+    with pytest.raises(ForeignError, match=r"cp_mobile in net\.\* and cp_mobile in net_swa\.\*"):
+        recognise("x.pt", content)
+    assert recognise("x.pt", {"net": state, "model": dict(state)})["model"]["name"] == "cp_mobile"  # the same twice
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: v.half() if v.is_floating_point() else v,
+        lambda v: v.bfloat16() if v.is_floating_point() else v,
+        lambda v: v.double() if v.is_floating_point() else v,
+        lambda v: nn.Parameter(v) if v.is_floating_point() else None,
+    ],
+    ids=["fp16", "bf16", "double", "parameter, without counters"],
+)
+def test_other_kinds_of_tensors_load(tmp_path, change):
+    model = fill_state(get_model("cp_mobile", base_channels=8)).eval()
+    state = OrderedDict((name, change(value)) for name, value in model.state_dict().items())
+    torch.save(OrderedDict((n, v) for n, v in state.items() if v is not None), tmp_path / "w.pt")
+    x = wave((2, 1, 64, 20), "x")
+    torch.testing.assert_close(load_model(tmp_path / "w.pt").model(x), model(x), rtol=0.1, atol=0.3)
+
+
+def test_the_published_qat_checkpoint_is_folded_back(tmp_path):
+    source = fill_state(get_model("cp_mobile", base_channels=8)).eval()
+    x = wave((2, 1, 64, 20), "x")
+    expected = source(x)
+    model, units = fill_state(get_model("cp_mobile", base_channels=8)).eval(), []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Sequential) and len(module) in (2, 3) and isinstance(module[0], nn.Conv2d):
+            units.append([f"{name}.{i}" for i, part in enumerate(module) if not isinstance(part, nn.Identity)])
+    quantization.fuse_modules(model, units, inplace=True)
+    model.train().qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    quantization.prepare_qat(model, inplace=True)
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    assert "model.in_c.0.0.bias" in state and any("activation_post_process" in name for name in state)
+    packed = torch.quantize_per_tensor(torch.zeros(8, 1, 3, 3), 0.1, 0, torch.qint8)
+    torch.save({"state_dict": state | {"model_int8.in_c.0.0.weight": packed}}, tmp_path / "w.ckpt")
+    torch.testing.assert_close(load_model(tmp_path / "w.ckpt").model(x), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,105 @@
+"""Finds the one network in a file of another program: below which keys and which prefix of names its weights are."""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models.beats import some
+
+log = logging.getLogger(__name__)
+
+DEPTH = 4  # of dicts within dicts that are searched
+OF_TEACHER = re.compile(r"(^|[._])teachers?([._0-9]|$)")
+# Parts of distillation beside a network whose names have no prefix.
+BESIDE = re.compile(r"^(\w*teachers?\w*|\w*proj(ect\w*|s|\d*)?(_\w+)?|regressor\w*|adapter\w*)\.")
+OF_OBSERVERS = re.compile(r"(^|\.)(weight_fake_quant|activation_post_process|\w*observer)\.")
+
+
+class Candidate(NamedTuple):
+    """A network in a file."""
+
+    network: str
+    where: str  # keys of the dicts around it and prefix of its names
+    state: dict[str, Tensor]  # names without the prefix
+    others: list[str]  # what stands beside it and is not of it
+
+
+def candidates(content: Mapping[str, Any], entries: Mapping[str, str]) -> list[Candidate]:
+    """The networks in a file; a teacher only where there is nothing else, and weights that are there twice once.
+
+    Args:
+        entries: network -> name of a tensor that only its state dict has.
+    """
+    found: list[Candidate] = []
+    for keys, tensors in _dicts_of_tensors(content):
+        for network, entry in entries.items():
+            for name, value in tensors.items():
+                if (name == entry or name.endswith(f".{entry}")) and not value.is_quantized:
+                    found.append(_candidate(network, keys, tensors, name.removesuffix(entry)))
+    students = [candidate for candidate in found if not OF_TEACHER.search(candidate.where)]
+    unique: list[Candidate] = []
+    for candidate in students or found:
+        if not any(_same(candidate.state, other.state) for other in unique):
+            unique.append(candidate)
+    return unique
+
+
+def as_float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Plain tensors, floats in float32, and the counters of batch norms, which old and converted files leave out."""
+    plain = {name: value.detach().float() if value.is_floating_point() else value for name, value in state.items()}
+    for name in state:
+        if name.endswith(".running_mean"):
+            plain.setdefault(f"{name.removesuffix('running_mean')}num_batches_tracked", torch.tensor(0))
+    return plain
+
+
+def unfolded(state: Mapping[str, Tensor], eps: float = 1e-5) -> dict[str, Tensor]:
+    """Weights of units (convolution .0, norm .1) whose norms were folded into biases, with norms that add the biases.
+
+    Observers and fake quantization of PyTorch's own quantization-aware training are left aside.
+    """
+    plain = {name: value for name, value in state.items() if not OF_OBSERVERS.search(name)}
+    for name in [name for name in plain if name.endswith(".0.bias")]:
+        unit = name.removesuffix(".0.bias")
+        if any(other.startswith(f"{unit}.1.") for other in plain) or f"{unit}.0.weight" not in plain:
+            continue
+        bias = plain.pop(name)
+        plain |= {
+            f"{unit}.1.weight": torch.ones_like(bias),
+            f"{unit}.1.bias": bias,
+            f"{unit}.1.running_mean": torch.zeros_like(bias),
+            f"{unit}.1.running_var": torch.full_like(bias, 1 - eps),
+            f"{unit}.1.num_batches_tracked": torch.tensor(0),
+        }
+    return plain
+
+
+def _dicts_of_tensors(content: Mapping, keys: str = "", depth: int = DEPTH) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if tensors:
+        yield keys, tensors
+    for key, value in content.items() if depth else ():
+        if isinstance(value, Mapping):
+            yield from _dicts_of_tensors(value, f"{keys}{key}.", depth - 1)
+
+
+def _candidate(network: str, keys: str, tensors: dict[str, Tensor], prefix: str) -> Candidate:
+    names = [name for name in tensors if name.startswith(prefix)]
+    if not prefix:
+        names = [name for name in names if not BESIDE.match(name)]
+    inside = set(names)
+    state = {name.removeprefix(prefix): tensors[name] for name in names}
+    return Candidate(network, f"{keys}{prefix}", state, [name for name in tensors if name not in inside])
+
+
+def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[name].shape == b[name].shape and torch.equal(a[name], b[name]) for name in a)
+
+
+def log_found(path: Any, candidate: Candidate) -> None:
+    if candidate.others:
+        log.info("%s: of other parts than the network, not used: %s", path, some(candidate.others))
