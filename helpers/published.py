@@ -55,9 +55,9 @@ def recognise(path: Path | str, content: Mapping[str, Any]) -> dict[str, Any]:
         return _parts(path, "beats", _beats_of_the_authors(path, content))
     if not found:
         inner = content.get("state_dict")
-        problem = "is neither a checkpoint of this project nor one of" if inner is None else "holds none of"
+        problem = "is neither a checkpoint of this project nor one of" if inner is None else "holds no"
         names = inner if isinstance(inner, Mapping) else content
-        raise ForeignError(f"{path} {problem} {NETWORKS}; found: {some(map(str, names))}")
+        raise ForeignError(f"{path} {problem} {NETWORKS} network; found: {some(map(str, names))}")
     if len(found) > 1:
         places = [f"{one.network} in {f'{one.where}*' if one.where else 'names without prefix'}" for one in found]
         raise ForeignError(

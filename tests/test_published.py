@@ -123,7 +123,7 @@ def test_an_encoder_alone_is_refused():
         ({"weights": torch.zeros(3)}, r"neither a checkpoint of this project nor one of CP-Mobile.*found: weights"),
         (
             {"state_dict": {"backbone.conv.weight": torch.zeros(3)}},
-            "holds none of CP-Mobile.*backbone.conv",
+            "holds no CP-Mobile.*backbone.conv",
         ),
         ({"stage1.block1.conv1.weight": torch.zeros(8, 8, 3, 3)}, "no whole cp_resnet network: 'in_c.0.weight'"),
         ({"state_dict": {7: torch.zeros(3)}}, "found: 7"),
