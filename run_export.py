@@ -32,6 +32,7 @@ from helpers.export import activation_bytes, example_input, write_executorch, wr
 from helpers.export_executorch import run_program
 from helpers.quantization import convert, float_layers, float_network, for_target
 from helpers.runs import source_checkpoint
+from helpers.stated import add_stated_options, believe
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
                         help="one-thread runs whose median is an ONNX file's latency; 0 is off")  # fmt: skip
     cli.add_config_arguments(parser, "data for the parity report", DataConfig)
     parser.set_defaults(dataset=None)
+    add_stated_options(parser)
     return parser
 
 
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     path = source_checkpoint(args.project_name, args.wandb_id, args.checkpoint)
-    loaded = load_model(path)
+    loaded = believe(parser, args, load_model(path), path)
     n_samples = clip_length(args, loaded, path)
     precisions = chosen_precisions(args, loaded, path)
     out_dir = Path(args.out_dir) if args.out_dir else default_folder(path)

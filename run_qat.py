@@ -17,7 +17,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -43,7 +43,6 @@ from helpers.loop import LoopState, Precision, StopSignal, Update, epoch_batches
 from helpers.losses import kd_loss
 from helpers.memory import keep_freed_memory
 from helpers.options import (
-    FRONTEND_OPTIONS,
     add_compute_options,
     add_data_options,
     add_distillation_options,
@@ -62,7 +61,7 @@ from helpers.runs import (
     source_checkpoint,
 )
 from helpers.schedule import WarmupRampdown
-from models import FRONTENDS, MODELS
+from helpers.stated import add_stated_options, believe
 from models.quantized import QuantConfig
 
 log = logging.getLogger(__name__)
@@ -94,19 +93,12 @@ def make_parser() -> argparse.ArgumentParser:
     add_distillation_options(parser)
     add_optimisation_options(parser)
 
-    # For command lines of the published script. Nothing needs to be said twice; what is said must be true.
-    for title, config, names in network_options():
-        cli.add_config_arguments(parser, f"{title}, from the checkpoint: what is given must agree", config, names)
-        parser.set_defaults(**{names.get(field.name, field.name): None for field in fields(config)})
+    add_stated_options(parser)  # for command lines of the published script
     parser.set_defaults(
         experiment_name="CPJKU_QAT", n_epochs=20, lr=5e-5, warm_up_len=0, ramp_down_start=1, ramp_down_len=16,
         last_lr_value=0.1,
     )  # fmt: skip
     return parser
-
-
-def network_options() -> list[tuple[str, type, dict[str, str]]]:
-    return [("network", MODELS["cp_mobile"][0], {}), ("front end", FRONTENDS["cp_mel"][0], FRONTEND_OPTIONS)]
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -128,7 +120,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     path = last_checkpoint(args.project_name, args.resume) if args.resume else None
     path = path or source_checkpoint(args.project_name, args.wandb_id, args.checkpoint)
     source = load_model(path)
-    check_source(parser, args, source, path)
+    check_source(args, source, path)
+    source = source if args.resume else believe(parser, args, source, path)
     frontend = source.frontend.to(device)
     processes = join_processes(device)
     with processes.main_first():
@@ -250,19 +243,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     return metrics
 
 
-def check_source(parser: argparse.ArgumentParser, args: argparse.Namespace, source: LoadedModel, path: Path) -> None:
-    """Refuses a checkpoint that is quantized already, and options that contradict it."""
+def check_source(args: argparse.Namespace, source: LoadedModel, path: Path) -> None:
+    """Refuses a checkpoint that is quantized already."""
     if not args.resume and source.precision != "fp32":
         raise CheckpointError(
             f"{path} is {source.precision} already; only fp32 networks are quantized: take the run it came from"
         )
-    for _title, config, names in network_options():
-        part = source.model.config if config is MODELS["cp_mobile"][0] else source.frontend.config
-        for field in fields(config):
-            option = names.get(field.name, field.name)
-            value = getattr(args, option, None)
-            if value is not None and isinstance(part, config) and value != getattr(part, field.name):
-                parser.error(f"--{option} {value}, but {path} has {getattr(part, field.name)}: leave the option away")
 
 
 def summary(metrics: dict[str, float], precision: str) -> str:

@@ -81,6 +81,7 @@ class LoadedModel:
     precision: str  # fp32, int8 or fp16
     scenes: tuple[str, ...]  # what the outputs stand for
     content: dict[str, Any]  # the whole file
+    is_recorded: bool = True  # the file, or the published name, says what network and front end are; else: recognised
 
 
 def describe(part: nn.Module, table: Mapping[str, tuple[type, type]]) -> dict[str, Any]:
@@ -243,6 +244,7 @@ def load_model(path: Path | str, network: tuple[str, Mapping[str, Any]] | None =
         precision=precision,
         scenes=scenes,
         content=content,
+        is_recorded=parts is content or network is not None,
     )
 
 
