@@ -46,6 +46,7 @@ from helpers.teachers import (
     AVERAGES,
     PartFile,
     TeacherSource,
+    check_distinct,
     check_scenes,
     find_teacher,
     mean_logits,
@@ -199,6 +200,7 @@ def find_sources(specs: Sequence[str], weights: Sequence[float], project: str) -
         else:
             _, path, provenance = item
             sources.append(Source(name, path, file_hash(path, "sha256"), weight, provenance=provenance))
+    check_distinct([(spec, source.path) for spec, source in zip(specs, sources, strict=True)])
     return sources
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import zlib
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from datasets.tau import Meta
 from helpers.checkpoint import CheckpointError, LoadedModel, load_model
+from helpers.download import file_hash
 from helpers.quantization import for_target
 from helpers.resources import PUBLISHED_RUN, published_checkpoint, teacher_file
 from helpers.runs import trained_checkpoint
@@ -103,7 +105,32 @@ def find_teachers(specs: Sequence[str], project: str) -> list[TeacherSource]:
     """
     found = [find_teacher(spec, project) for spec in specs]
     _, *names = unique_names(["ensemble", *(source.name for source in found)])  # of all together, so no teacher's
-    return [replace(source, name=name).fetch() for source, name in zip(found, names, strict=True)]
+    sources = [replace(source, name=name).fetch() for source, name in zip(found, names, strict=True)]
+    check_distinct([(spec, source.path) for spec, source in zip(specs, sources, strict=True)])
+    return sources
+
+
+def check_distinct(teachers: Sequence[tuple[str, Path]]) -> None:
+    """Refuses files that hold the same bytes: a teacher would count twice.
+
+    Args:
+        teachers: what each was called on the command line, and its file.
+
+    Raises:
+        CheckpointError: naming the first two.
+    """
+    seen: dict[str, str] = {}
+    sizes = Counter(path.stat().st_size for _, path in teachers if path.is_file())
+    for spec, path in teachers:
+        if not path.is_file() or sizes[path.stat().st_size] == 1:
+            continue
+        digest = file_hash(path, "sha256")
+        if digest in seen:
+            raise CheckpointError(
+                f"{seen[digest]} and {spec} are the same file or copies of it ({path}), which would count twice: name "
+                "it once"
+            )
+        seen[digest] = spec
 
 
 def unique_names(names: Sequence[str]) -> list[str]:

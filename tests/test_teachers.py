@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,6 +140,11 @@ def own(path, **options):
     save_checkpoint(path, parts | {"scenes": ["x", "y"]})
 
 
+def _made(path: str) -> Path:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
 def test_a_name_may_be_a_run_or_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own(tmp_path / "proj/abcd/checkpoints/last.pt", n_classes=2)
@@ -146,7 +152,9 @@ def test_a_name_may_be_a_run_or_a_file(tmp_path, monkeypatch):
     (tmp_path / "proj/empty/checkpoints").mkdir(parents=True)
     assert load_teacher_model("abcd", "proj").scenes == ("x", "y")
     assert load_teacher_model("w.pt", "proj").scenes == ("x", "y")
-    found = find_teachers(["abcd", "proj/abcd/checkpoints/last.pt", "w.pt"], "proj")
+    for i, path in enumerate(("other/abcd/checkpoints/last.pt", "w.pt")):
+        torch.save({"another file": i}, path if path == "w.pt" else _made(path))
+    found = find_teachers(["abcd", "other/abcd/checkpoints/last.pt", "w.pt"], "proj")
     assert [source.name for source in found] == ["abcd", "abcd_2", "w"]
     with pytest.raises(
         CheckpointError, match=r"no teacher efgh: .*\(runs in proj: abcd\); published: passt_dirfms_1, "
@@ -173,7 +181,7 @@ def test_teachers_of_other_scenes_are_refused(own_tau, tmp_path):
     with pytest.raises(CheckpointError, match=r"w\.pt knows the scenes x, y; .* has kitchen, office, yard"):
         teachers.check_scenes(source, source.load(), read_meta(own_tau.root))
     with pytest.raises(
-        CheckpointError, match=r"w\.pt does not take clips of 1000 samples: waveform must have at least"
+        CheckpointError, match=r"w\.pt does not take clips of 1000 samples: waveform must be .* with at least"
     ):
         teachers.scorer(source, source.load(), 1000, torch.device("cpu"), channels_last=True)
 
