@@ -20,7 +20,7 @@ pipeline: .venv/run.stamp
 	$(BIN)/python run_export.py $(SMALL) --wandb_id int8 --enforce_limits
 
 test: .venv/dev.stamp lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -5,6 +5,8 @@ python run_dataset.py check --dataset_dir data/TAU...  counts, missing and broke
 python run_dataset.py cache --dataset_dir data/TAU...  builds the waveform store that training reads
 """
 
+import helpers.start  # noqa: F401, I001 (before torch)
+
 from pathlib import Path
 
 from datasets.cache import open_store
@@ -23,12 +25,12 @@ def make_parser() -> cli.Parser:
 
     download = commands.add_parser("download", help="fetch and extract TAU22's development set", description=TAU22_PAGE)
     download.add_argument("--dataset_dir", default=".", help="folder that will hold the data set's own folder")
-    download.add_argument("--keep_archives", action="store_true", help="do not delete archives once extracted")
+    download.add_argument("--keep_archives", action=cli.OnOff, help="do not delete archives once extracted")
     download.add_argument("--record", type=cli.number(int, 1), default=TAU22_RECORD, help="number of the Zenodo record")
     download.add_argument("--zenodo_api", default=ZENODO_API, help="address of Zenodo's API")
 
     doctor = commands.add_parser("check", help="examine a data set; exit status 1 when something is wrong")
-    doctor.add_argument("--quick", action="store_true", help="read headers only: minutes less, finds no broken samples")
+    doctor.add_argument("--quick", action=cli.OnOff, help="read headers only: minutes less, finds no broken samples")
     cache = commands.add_parser("cache", help="build the waveform store ahead of training")
     cache.add_argument("--cache_path", default=DataConfig.cache_path, help="folder of the waveform stores")
     cache.add_argument("--resample_rate", type=cli.number(int, 1), default=32000, help="sampling rate in Hz")

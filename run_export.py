@@ -11,6 +11,8 @@ parity report: --clips, else the test part of the data set named, else generated
 by more than the report allows.
 """
 
+import helpers.start  # noqa: F401, I001 (before torch)
+
 import argparse
 import logging
 import sys
@@ -69,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     files.add_argument("--sample_rate", type=cli.number(int, 1),
                        help="rate of the target's waveforms in Hz; must be the front end's")  # fmt: skip
     checks = parser.add_argument_group("checks")
-    checks.add_argument("--enforce_limits", action="store_true",
+    checks.add_argument("--enforce_limits", action=cli.OnOff,
                         help="refuse a network over the challenge's limits (status 2)")  # fmt: skip
     checks.add_argument("--clips", metavar="FOLDER", help="wav files for the parity report; resampled, cut to length")
     checks.add_argument("--n_clips", type=cli.number(int, 1), default=200, help="most clips of the parity report")

@@ -13,6 +13,8 @@ checkpoints/last.pt, which run_export.py takes further, and the network for the 
 Published recipe: F. Schmid et al., DCASE Workshop 2023; what rounds where: models/quantized.py.
 """
 
+import helpers.start  # noqa: F401, I001 (before torch)
+
 import argparse
 import logging
 import sys

@@ -11,6 +11,8 @@ scene_label, a column for each scene). Audio is streamed; what the networks answ
 end, so the same command goes on where a stopped or killed one was.
 """
 
+import helpers.start  # noqa: F401, I001 (before torch)
+
 import argparse
 import hashlib
 import json
@@ -98,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     output = parser.add_argument_group("output")
     output.add_argument("--part", choices=["train", "test", "all"], default="train", help="clips that get logits")
     output.add_argument("--output", metavar="FILE", help="(default: resources/teacher_logits_<data set>_<part>.pt)")
-    output.add_argument("--overwrite", action="store_true", help="replace the file where it exists")
+    output.add_argument("--overwrite", action=cli.OnOff, help="replace the file where it exists")
     output.add_argument("--project_name", default="DCASE23_Task1", help="folder of all runs of the project")
     output.add_argument("--batch_size", type=cli.number(int, 1), default=32)
     add_data_options(parser)

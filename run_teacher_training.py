@@ -12,6 +12,8 @@ Recipes: F. Schmid et al., DCASE Workshop 2023 (CP-ResNet, PaSST); Y. Cai et al.
 https://github.com/yqcai888/easy_dcase_task1 (BEATs).
 """
 
+import helpers.start  # noqa: F401, I001 (before torch)
+
 import argparse
 import json
 import logging
@@ -167,7 +169,7 @@ def make_parser(teacher: str, recipe: Mapping[str, Any] | None = None) -> argpar
     add_run_options(parser)
     add_data_options(parser)
     parser.add_argument_group("cropped training").add_argument(
-        "--cropped", action="store_true", help="train on random windows of the joined segments of a recording"
+        "--cropped", action=cli.OnOff, help="train on random windows of the joined segments of a recording"
     )
     add_precision_options(add_compute_options(parser))
     cli.add_config_arguments(parser, "augmentation", AugmentConfig)
@@ -225,8 +227,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     with cli.option_errors(parser):
         check_shapes(model, frontend, data.store.n_samples, device)
-    mode = "reduce-overhead" if device.type == "cuda" else None
-    compiled = torch.compile(model, mode=mode) if args.compile else model
+    compiled = cli.compiled(parser, model, device) if args.compile else model
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer](
         learning, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True

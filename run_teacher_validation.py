@@ -9,6 +9,8 @@ Files may also hold BEATs, in its authors' form or as a checkpoint of easy_dcase
 network follow from the teacher.
 """
 
+import helpers.start  # noqa: F401, I001 (before torch)
+
 import argparse
 import logging
 import sys

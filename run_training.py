@@ -8,6 +8,8 @@
 Recipe: F. Schmid et al., "Distilling the Knowledge of Transformers and CNNs with CP-Mobile", DCASE Workshop 2023.
 """
 
+import helpers.start  # noqa: F401, I001 (before torch)
+
 import argparse
 import logging
 import os
@@ -75,9 +77,9 @@ log = logging.getLogger(__name__)
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(__doc__, prog="run_training.py", usage="python %(prog)s [--option value ...]")
     run = add_run_options(parser)
-    run.add_argument("--dry_run", action="store_true", help="print options and complexity, then stop; needs no data")
+    run.add_argument("--dry_run", action=cli.OnOff, help="print options and complexity, then stop; needs no data")
     run.add_argument(
-        "--enforce_limits", action="store_true", help="refuse a network over the challenge's limits at int8 (status 2)"
+        "--enforce_limits", action=cli.OnOff, help="refuse a network over the challenge's limits at int8 (status 2)"
     )
     add_data_options(parser)
     add_precision_options(add_compute_options(parser))
@@ -136,8 +138,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     with cli.option_errors(parser):
         check_shapes(model, frontend, data.store.n_samples, device)
-    mode = "reduce-overhead" if device.type == "cuda" else None
-    compiled = torch.compile(model, mode=mode) if args.compile else model
+    compiled = cli.compiled(parser, model, device) if args.compile else model
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     update = Update(optimizer, precision.scaler(), precision, args.batch_size, processes, args.accumulate)
     state = LoopState()

@@ -3,15 +3,21 @@
 import argparse
 import logging
 import os
+import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
-from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, NoReturn, TextIO, Union, get_args, get_origin, get_type_hints
 
 import torch
+import yaml
+from torch import nn
 
+from datasets.files import ContentError
 from datasets.tau import DataError
 from helpers.checkpoint import CheckpointError
 from helpers.complexity import LimitError
@@ -20,6 +26,7 @@ from helpers.errors import ExportError
 from helpers.logger import RUN_ID
 from helpers.loop import NonFiniteLogitsError, NonFiniteLossError, StoppedError
 from helpers.quantization import QuantizationError
+from models.bounds import MOST
 
 USAGE_ERROR = 2
 # What the user can mend; each is one line that says how.
@@ -27,6 +34,8 @@ USER_ERRORS = (
     DataError, CheckpointError, NonFiniteLossError, NonFiniteLogitsError, QuantizationError, LimitError, ExportError,
     OSError,
 )  # fmt: skip
+# How torch and numpy begin to say that memory is short; neither has a class of errors for it on a CPU.
+OUT_OF_MEMORY = re.compile(r"can't allocate memory|Unable to allocate|out of memory|Cannot allocate memory")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -34,6 +43,29 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action: argparse.Action) -> str:
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, OnOff):
+            return f"--[no-]{action.dest} [True|False]"
+        return super()._format_action_invocation(action)
+
+
+class OnOff(argparse.Action):
+    """An option that is on or off: `--x` or `--no-x`, and `--x=True` or `--x=False` as sweep agents write it."""
+
+    WORDS = MappingProxyType({"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False})
+
+    def __init__(self, option_strings: list[str], dest: str, default: bool | None = False, help: str | None = None):
+        names = [*option_strings, *(f"--no-{name.removeprefix('--')}" for name in option_strings)]
+        super().__init__(names, dest, nargs="?", default=default, help=help)
+
+    def __call__(self, parser, namespace, value, option_string=None) -> None:
+        is_on = not option_string.startswith("--no-")
+        if value is not None and not is_on:
+            raise argparse.ArgumentError(self, f"takes no value, got {value!r}")
+        if value is not None and value.lower() not in self.WORDS:
+            raise argparse.ArgumentError(self, f"is True or False, got {value!r}")
+        setattr(namespace, self.dest, is_on if value is None else self.WORDS[value.lower()])
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,13 +97,13 @@ def add_config_arguments(
     for field in fields(config):
         if get_origin(hints[field.name]) is not Annotated:
             continue  # set from code only
-        kind, description = get_args(hints[field.name])
+        kind, description, *_ = get_args(hints[field.name])
         option = (names or {}).get(field.name, field.name)
         default = None if field.default is MISSING else field.default
         if get_origin(kind) is Literal:
             group.add_argument(f"--{option}", choices=get_args(kind), default=default, help=description)
         elif kind is bool:
-            group.add_argument(f"--{option}", action=argparse.BooleanOptionalAction, default=default, help=description)
+            group.add_argument(f"--{option}", action=OnOff, default=default, help=description)
         else:
             group.add_argument(f"--{option}", type=_scalar(kind), default=default, help=description)
 
@@ -105,17 +137,66 @@ def option_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
         parser.error(str(error))
 
 
-def number(kind: type, low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], float]:
+def check_sweep(parser: argparse.ArgumentParser, given: set[str]) -> None:
+    """Ends with the parser's error when a sweep of W&B turned an option off and its command line does not say so.
+
+    With `${args_no_boolean_flags}` an agent leaves out what is false, and an option that is on by default would stay on
+    while the sweep's table says off.
+    """
+    path = os.environ.get("WANDB_SWEEP_PARAM_PATH")
+    if not path or not os.path.isfile(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        chosen = yaml.safe_load(file)
+    for action in parser._actions:
+        entry = chosen.get(action.dest) if isinstance(chosen, dict) else None
+        is_off = isinstance(entry, dict) and entry.get("value") is False
+        if isinstance(action, OnOff) and action.default is True and is_off and action.dest not in given:
+            parser.error(
+                f"the sweep turned {action.dest} off, but the command line does not say so: take ${{args}} instead of "
+                "${args_no_boolean_flags}"
+            )
+
+
+def check_saved(parser: argparse.ArgumentParser, saved: Mapping[str, Any]) -> None:
+    """Checks the options that a run stored against the parser's own.
+
+    Raises:
+        ContentError: naming the first that the parser would not accept.
+    """
+    for action in parser._actions:
+        value = saved.get(action.dest)
+        if value is None:
+            continue
+        several = action.nargs in ("+", "*")
+        if several != isinstance(value, list):
+            raise ContentError(f"{action.dest} is {value!r}")
+        for entry in value if several else [value]:
+            if isinstance(action, OnOff):
+                fits = isinstance(entry, bool)
+            elif isinstance(entry, bool) or not isinstance(entry, (str, int, float)):
+                fits = False
+            elif action.type is None:
+                fits = isinstance(entry, str)
+            else:
+                try:
+                    fits = action.type(str(entry)) == entry
+                except (ValueError, OverflowError, argparse.ArgumentTypeError):
+                    fits = False
+            if not fits or (action.choices is not None and entry not in action.choices):
+                raise ContentError(f"{action.dest} is {entry!r}")
+
+
+def number(kind: type, low: float, high: float = MOST, above: bool = False) -> Callable[[str], float]:
     """An option type: a number of `kind` in [low, high], or above `low`."""
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
         if not (low < value if above else low <= value) or value > high or value != value:
-            limit = f"{'>' if above else '>='} {low}" + (f" and <= {high}" if high != float("inf") else "")
-            raise argparse.ArgumentTypeError(f"must be {limit}, got {text}")
+            raise argparse.ArgumentTypeError(f"must be {'>' if above else '>='} {low} and <= {high}, got {text}")
         return value
 
     return parse
@@ -141,16 +222,56 @@ def torch_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         parser.error(f"--torch_device {name}: no such device; use auto, cpu, cuda or cuda:<number>")
+    if device.type not in ("cpu", "cuda"):
+        parser.error(f"--torch_device {name}: only CPUs and CUDA GPUs; use auto, cpu, cuda or cuda:<number>")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         parser.error(f"--torch_device {name}: {torch.cuda.device_count()} CUDA GPUs were found; use auto or cpu")
     return device
 
 
+def compiled(parser: argparse.ArgumentParser, model: nn.Module, device: torch.device) -> nn.Module:
+    """The network for --compile; ends with the parser's error where there is no compiler to write its code for."""
+    if device.type == "cuda":
+        variable, compilers = "CC", ("gcc", "clang", "cc")
+    else:
+        variable, compilers = "CXX", ("g++", "clang++")
+    names = [os.environ[variable]] if os.environ.get(variable) else compilers
+    if not any(shutil.which(name) for name in names):
+        parser.error(f"--compile needs a compiler, {' or '.join(names)} was not found: install one, or leave it away")
+    return torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
+
+
+class UnreadStream:
+    """A standard stream whose reader may leave (`| head -1`): from then on what is written is dropped, no error."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._or_drop(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._or_drop(self._stream.flush)
+
+    def _or_drop(self, call: Callable, *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except BrokenPipeError:
+            with open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), self._stream.fileno())  # takes what is buffered, too
+            return call(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def run(main: Callable[[list[str] | None], Any]) -> None:
     """Runs a script's main. What the user can mend ends in one line and exit status 2, not in a traceback."""
+    sys.stdout, sys.stderr = UnreadStream(sys.stdout), UnreadStream(sys.stderr)
     logging.basicConfig(level=logging.WARNING if _is_other() else logging.INFO, format="%(message)s")
     try:
         result = main(None)
+        sys.stdout.flush()
         sys.exit(result if isinstance(result, int) else 0)
     except StoppedError as stopped:
         _say(str(stopped))
@@ -158,6 +279,12 @@ def run(main: Callable[[list[str] | None], Any]) -> None:
     except USER_ERRORS as error:
         logging.getLogger(__name__).debug("", exc_info=True)
         _say(f"error: {_one_line(error)}")
+        sys.exit(USAGE_ERROR)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        logging.getLogger(__name__).debug("", exc_info=True)
+        _say("error: out of memory: a smaller --batch_size, shorter clips or a smaller network need less")
         sys.exit(USAGE_ERROR)
     except KeyboardInterrupt:
         _say("interrupted")

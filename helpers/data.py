@@ -32,6 +32,7 @@ from datasets.waveforms import Clips
 from helpers.augment import AugmentConfig, build_augment
 from helpers.distributed import local_rank
 from helpers.resources import RESOURCES, micirp_folder, subset_file, teacher_logits_file
+from models.bounds import Bounds, check_numbers
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +47,17 @@ class DataConfig:
     )
     dataset_dir: Annotated[str | None, "folder of meta.csv; without it the environment variable TAU22_DIR"] = None
     cache_path: Annotated[str, "folder of the waveform stores, built when missing"] = "datasets/cpath"
-    subset: Annotated[int, f"percent of TAU22's training part, one of {', '.join(map(str, SUBSETS))}"] = 100
-    val_fraction: Annotated[float, "share of the training recordings held out to select best.pt; 0 is off"] = 0.0
+    subset: Annotated[
+        int, f"percent of TAU22's training part, one of {', '.join(map(str, SUBSETS))}", Bounds(1, 100)
+    ] = 100
+    val_fraction: Annotated[
+        float, "share of the training recordings held out to select best.pt; 0 is off", Bounds(0, 1, below=True)
+    ] = 0.0
 
     def __post_init__(self):
+        check_numbers(self)
         if self.subset not in SUBSETS:
             raise ValueError(f"subset must be one of {', '.join(map(str, SUBSETS))}, got {self.subset}")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction must be in [0, 1), got {self.val_fraction}")
 
 
 @dataclass(frozen=True)

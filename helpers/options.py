@@ -32,9 +32,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     run.add_argument("--run_id", type=cli.run_id, metavar="ID",
                      help="name of the new run's folder (default: eight random characters)")  # fmt: skip
     run.add_argument("--resume", metavar="ID", help="continue this run exactly, with its options")
-    run.add_argument("--resume_anyway", action="store_true",
+    run.add_argument("--resume_anyway", action=cli.OnOff,
                      help="go on although the data are not those that the run began with")  # fmt: skip
-    run.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation")
+    run.add_argument("--seed", type=cli.number(int, 0, 2**32 - 1), default=0, help="of weights, order and augmentation")
     run.add_argument(
         "--save_minutes", type=cli.number(float, 0), default=10.0, help="time between checkpoints within an epoch"
     )
@@ -59,7 +59,7 @@ def add_compute_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     compute.add_argument(
         "--torch_device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ..."
     )
-    compute.add_argument("--channels_last", action=argparse.BooleanOptionalAction, default=True,
+    compute.add_argument("--channels_last", action=cli.OnOff, default=True,
                          help="memory layout of the network; the faster one on a CPU")  # fmt: skip
     return compute
 
@@ -68,7 +68,7 @@ def add_precision_options(compute: argparse._ArgumentGroup) -> None:
     compute.add_argument(
         "--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the network in training"
     )
-    compute.add_argument("--compile", action="store_true", help="torch.compile the network (CUDA graphs on a GPU)")
+    compute.add_argument("--compile", action=cli.OnOff, help="torch.compile the network (CUDA graphs on a GPU)")
     compute.add_argument("--accumulate", type=cli.number(int, 1), default=1,
                          help="pieces that a batch is computed in, to save memory; a step stays the same")  # fmt: skip
 

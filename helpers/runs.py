@@ -52,6 +52,7 @@ def parse_options(
         CheckpointError: for an unknown or damaged run.
     """
     args, given = parser.parse_args(argv), cli.given_options(parser, argv)
+    cli.check_sweep(parser, given)
     if not args.resume and (begun := _begun(args.project_name)) is not None:
         argv, given = [*argv, "--resume", begun], given | {"resume"}
         args = parser.parse_args(argv)
@@ -65,9 +66,11 @@ def parse_options(
         try:
             saved = read_json(path)
             check_content(saved, {"script?": str, "given?": [str]})
+            script = saved.get("script", parser.prog)
+            if script == parser.prog:
+                cli.check_saved(parser, saved)
         except ContentError as error:
             raise CheckpointError(f"{path} is damaged ({error}): start the run again") from error
-        script = saved.get("script", parser.prog)
         if script != parser.prog:
             raise CheckpointError(f"run {args.resume} is one of {script}: python {script} --resume {args.resume}")
         changed = {name for name in given - FREE_ON_RESUME - set(changeable) if getattr(args, name) != saved.get(name)}

@@ -4,20 +4,20 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
+from models.bounds import Bounds, check_numbers
+
 
 @dataclass(frozen=True)
 class WarmupRampdown:
     """Factor of the peak learning rate for each epoch; set once at the start of the epoch."""
 
-    warm_up_len: Annotated[int, "epochs of exponential warm-up; 0 is off"] = 14
-    ramp_down_start: Annotated[int, "epoch after which the rate falls"] = 50
-    ramp_down_len: Annotated[int, "epochs of the linear ramp-down"] = 84
-    last_lr_value: Annotated[float, "rate after the ramp-down, relative to lr"] = 0.005
+    warm_up_len: Annotated[int, "epochs of exponential warm-up; 0 is off", Bounds(0)] = 14
+    ramp_down_start: Annotated[int, "epoch after which the rate falls", Bounds(0)] = 50
+    ramp_down_len: Annotated[int, "epochs of the linear ramp-down", Bounds(0)] = 84
+    last_lr_value: Annotated[float, "rate after the ramp-down, relative to lr", Bounds(0)] = 0.005
 
     def __post_init__(self):
-        for name in ("warm_up_len", "ramp_down_start", "ramp_down_len", "last_lr_value"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        check_numbers(self)
 
     def factor(self, epoch: int) -> float:
         return self._up(epoch) * self._down(epoch)

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.bounds import MAX_CHANNELS, MAX_LAYERS, MOST, Bounds, check_numbers, check_weights
+
 INIT_STD = 0.02
 GATE_UNITS = 4  # outputs of grep_linear that are summed to one gate
 ACTIVATIONS = {
@@ -35,21 +37,37 @@ ACTIVATIONS = {
 class BeatsConfig:
     """Options as in the cfg of the authors' checkpoints; the defaults are those of BEATs_iter3+ (AS2M)."""
 
-    n_classes: Annotated[int, "number of scenes; training takes it from the data set"] = 10
-    input_patch_size: Annotated[int, "side of a patch in mel bands and frames"] = 16
-    embed_dim: Annotated[int, "width of an embedded patch"] = 512
-    encoder_layers: Annotated[int, "transformer layers; 12 in all published weights"] = 12
-    encoder_embed_dim: Annotated[int, "width of the tokens; 768 in all published weights"] = 768
-    encoder_ffn_embed_dim: Annotated[int, "width inside the feed-forward part; 3072 in all published weights"] = 3072
-    encoder_attention_heads: Annotated[int, "attention heads; 12 in all published weights"] = 12
-    dropout: Annotated[float, "training: dropout after attention and feed-forward part; 0 is off"] = 0.0
-    attention_dropout: Annotated[float, "training: dropout of attention weights; 0 is off"] = 0.0
-    activation_dropout: Annotated[float, "training: dropout inside the feed-forward part; 0 is off"] = 0.0
-    dropout_input: Annotated[float, "training: dropout of the embedded patches; 0 is off"] = 0.0
-    predictor_dropout: Annotated[float, "training: dropout before the classifier; 0 is off"] = 0.1
-    encoder_layerdrop: Annotated[float, "training: probability that a layer is skipped, per batch; 0 is off"] = 0.05
+    n_classes: Annotated[int, "number of scenes; training takes it from the data set", Bounds(1)] = 10
+    input_patch_size: Annotated[int, "side of a patch in mel bands and frames", Bounds(1)] = 16
+    embed_dim: Annotated[int, "width of an embedded patch", Bounds(1, MAX_CHANNELS)] = 512
+    encoder_layers: Annotated[int, "transformer layers; 12 in all published weights", Bounds(1, MAX_LAYERS)] = 12
+    encoder_embed_dim: Annotated[int, "width of the tokens; 768 in all published weights", Bounds(1, MAX_CHANNELS)] = (
+        768
+    )
+    encoder_ffn_embed_dim: Annotated[
+        int, "width inside the feed-forward part; 3072 in all published weights", Bounds(1, MAX_CHANNELS)
+    ] = 3072
+    encoder_attention_heads: Annotated[int, "attention heads; 12 in all published weights", Bounds(1)] = 12
+    dropout: Annotated[
+        float, "training: dropout after attention and feed-forward part; 0 is off", Bounds(0, 1, below=True)
+    ] = 0.0
+    attention_dropout: Annotated[
+        float, "training: dropout of attention weights; 0 is off", Bounds(0, 1, below=True)
+    ] = 0.0
+    activation_dropout: Annotated[
+        float, "training: dropout inside the feed-forward part; 0 is off", Bounds(0, 1, below=True)
+    ] = 0.0
+    dropout_input: Annotated[float, "training: dropout of the embedded patches; 0 is off", Bounds(0, 1, below=True)] = (
+        0.0
+    )
+    predictor_dropout: Annotated[
+        float, "training: dropout before the classifier; 0 is off", Bounds(0, 1, below=True)
+    ] = 0.1
+    encoder_layerdrop: Annotated[
+        float, "training: probability that a layer is skipped, per batch; 0 is off", Bounds(0, 1, below=True)
+    ] = 0.05
     layer_wise_gradient_decay_ratio: Annotated[
-        float, "training: factor of the gradient from each layer to the one below; 1 is off"
+        float, "training: factor of the gradient from each layer to the one below; 1 is off", Bounds(0, 1, above=True)
     ] = 0.6
     grad_checkpointing: Annotated[bool, "training: compute layers again in the backward pass to save memory"] = False
     activation_fn: Literal[tuple(ACTIVATIONS)] = "gelu"
@@ -67,20 +85,16 @@ class BeatsConfig:
     predictor_class: int = 527
 
     def __post_init__(self):
-        sizes = (name for name in vars(self) if name.endswith(("_dim", "_layers", "_heads")))
-        for name in ("n_classes", "predictor_class", "input_patch_size", "conv_pos", "conv_pos_groups", *sizes):
-            if getattr(self, name) < 1:
+        check_numbers(self)
+        for name in ("predictor_class", "conv_pos", "conv_pos_groups", "max_distance"):
+            if not 1 <= getattr(self, name) <= MOST:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         width = self.encoder_embed_dim
+        layer = 4 * width**2 + 2 * width * self.encoder_ffn_embed_dim
+        check_weights(layer * self.encoder_layers, "encoder_embed_dim, encoder_ffn_embed_dim or encoder_layers")
         for name in ("encoder_attention_heads", "conv_pos_groups"):
             if width % getattr(self, name):
                 raise ValueError(f"{name} must divide encoder_embed_dim ({width}), got {getattr(self, name)}")
-        for name in (name for name in vars(self) if "drop" in name):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        decay = self.layer_wise_gradient_decay_ratio
-        if not 0 < decay <= 1:
-            raise ValueError(f"layer_wise_gradient_decay_ratio must be in (0, 1], got {decay}")
         if self.activation_fn not in ACTIVATIONS:
             raise ValueError(f"unknown activation_fn {self.activation_fn!r}; known: {', '.join(ACTIVATIONS)}")
         if self.deep_norm and (self.layer_norm_first or self.activation_fn == "glu"):

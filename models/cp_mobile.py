@@ -15,31 +15,43 @@ from torch import Tensor, nn
 
 from models import fused
 from models.blocks import Add, AvgPool, ConvUnit, GlobalMean
+from models.bounds import MAX_CHANNELS, Bounds, check_channels, check_numbers
 
 DEFAULT_STRIDES = MappingProxyType({"b2": (2, 2), "b4": (2, 1)})
 
 
+def make_divisible(value: float, divisor: int = 8) -> int:
+    """Rounds to the nearest multiple of `divisor`, at least one, and never below 90 % of `value`."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
 @dataclass(frozen=True)
 class CpMobileConfig:
-    n_classes: Annotated[int, "number of scenes; training takes it from the data set"] = 10
-    in_channels: Annotated[int, "channels of the spectrogram"] = 1
-    base_channels: Annotated[int, "channels of the first stage, rounded to a multiple of 8"] = 32
-    channels_multiplier: Annotated[float, "growth of the channels from stage to stage"] = 2.3
-    expansion_rate: Annotated[float, "inner width of a block relative to its input"] = 3.0
+    n_classes: Annotated[int, "number of scenes; training takes it from the data set", Bounds(1)] = 10
+    in_channels: Annotated[int, "channels of the spectrogram", Bounds(1)] = 1
+    base_channels: Annotated[
+        int, "channels of the first stage, rounded to a multiple of 8", Bounds(1, MAX_CHANNELS)
+    ] = 32
+    channels_multiplier: Annotated[float, "growth of the channels from stage to stage", Bounds(0, 100, above=True)] = (
+        2.3
+    )
+    expansion_rate: Annotated[float, "inner width of a block relative to its input", Bounds(0, 100, above=True)] = 3.0
     n_blocks: Sequence[int] = (3, 2, 1)  # blocks in each stage
     strides: Mapping[str, Sequence[int]] = field(default_factory=lambda: dict(DEFAULT_STRIDES))  # b<i>: (freq, time)
 
     def __post_init__(self):
         object.__setattr__(self, "n_blocks", tuple(self.n_blocks))
         object.__setattr__(self, "strides", {name: tuple(stride) for name, stride in self.strides.items()})
-        for name in ("n_classes", "in_channels", "base_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("channels_multiplier", "expansion_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        check_numbers(self)
         if not self.n_blocks or min(self.n_blocks) < 1:
             raise ValueError(f"n_blocks must name at least one block per stage, got {self.n_blocks}")
+        widest = max(self.widths) * max(1.0, self.expansion_rate)
+        if widest > MAX_CHANNELS:
+            raise ValueError(
+                f"the widest layer has {widest:g} channels: lower base_channels, channels_multiplier or expansion_rate "
+                f"(at most {MAX_CHANNELS})"
+            )
         known = [f"b{i}" for i in range(1, sum(self.n_blocks) + 1)]
         for name, stride in self.strides.items():
             if name not in known:
@@ -47,11 +59,11 @@ class CpMobileConfig:
             if len(stride) != 2 or min(stride) < 1:
                 raise ValueError(f"strides[{name!r}] must be (freq, time), both >= 1, got {stride}")
 
-
-def make_divisible(value: float, divisor: int = 8) -> int:
-    """Rounds to the nearest multiple of `divisor`, at least one, and never below 90 % of `value`."""
-    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
-    return rounded + divisor if rounded < 0.9 * value else rounded
+    @property
+    def widths(self) -> list[int]:
+        """Channels before the first stage and after each."""
+        base = make_divisible(self.base_channels)
+        return [base] + [make_divisible(base * self.channels_multiplier**i) for i in range(len(self.n_blocks))]
 
 
 RESPONSE_EPS = 1e-6
@@ -121,8 +133,8 @@ class CpMobile(nn.Module):
     def __init__(self, config: CpMobileConfig):
         super().__init__()
         self.config = config
-        base = make_divisible(config.base_channels)
-        widths = [base] + [make_divisible(base * config.channels_multiplier**i) for i in range(len(config.n_blocks))]
+        widths = config.widths
+        base = widths[0]
         self.in_c = nn.Sequential(
             ConvUnit(config.in_channels, base // 4, 3, stride=2), ConvUnit(base // 4, base, 3, stride=2)
         )
@@ -142,7 +154,12 @@ class CpMobile(nn.Module):
         self.apply(_init)
 
     def forward(self, log_mel: Tensor) -> Tensor:
-        """Maps log-mel (batch, channel, mel, time) to logits (batch, class), before softmax."""
+        """Maps log-mel (batch, channel, mel, time) to logits (batch, class), before softmax.
+
+        Raises:
+            ValueError: for another shape.
+        """
+        check_channels(log_mel, self.config.in_channels)
         x = self.in_c(log_mel)  # (batch, base, mel / 4, time / 4)
         x = self.stages(x)
         x = self.feed_forward(x)  # (batch, class, freq, time)

@@ -14,21 +14,25 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
+from models.bounds import MAX_CHANNELS, Bounds, check_channels, check_numbers
+
 PAIRS = ("maxpool_stage1_pos0_kernel", "maxpool_stage1_pos0_stride", "maxpool_kernel", "maxpool_stride")
 
 
 @dataclass(frozen=True)
 class CpResnetConfig:
-    n_classes: Annotated[int, "number of scenes; training takes it from the data set"] = 10
-    in_channels: Annotated[int, "channels of the spectrogram"] = 1
-    rho: Annotated[int, "receptive field: 1 to 11, larger turns more 1x1 into 3x3 convolutions"] = 8
-    base_channels: Annotated[int, "channels of stage 1"] = 32
-    channels_multiplier: Annotated[float, "growth of the channels from stage to stage, before the cuts"] = 2
-    cut_channels_s2: Annotated[int, "channels taken off stage 2; 0 is off"] = 0
-    cut_channels_s3: Annotated[int, "channels taken off stage 3; 0 is off"] = 36
-    s1_group: Annotated[int, "groups of every convolution of stage 1"] = 1
-    s2_group: Annotated[int, "groups of every convolution of stage 2"] = 2
-    s3_group: Annotated[int, "groups of every convolution of stage 3"] = 1
+    n_classes: Annotated[int, "number of scenes; training takes it from the data set", Bounds(1)] = 10
+    in_channels: Annotated[int, "channels of the spectrogram", Bounds(1)] = 1
+    rho: Annotated[int, "receptive field: 1 to 11, larger turns more 1x1 into 3x3 convolutions", Bounds(1, 11)] = 8
+    base_channels: Annotated[int, "channels of stage 1", Bounds(1, MAX_CHANNELS)] = 32
+    channels_multiplier: Annotated[
+        float, "growth of the channels from stage to stage, before the cuts", Bounds(0, 100, above=True)
+    ] = 2
+    cut_channels_s2: Annotated[int, "channels taken off stage 2; 0 is off", Bounds(0, MAX_CHANNELS)] = 0
+    cut_channels_s3: Annotated[int, "channels taken off stage 3; 0 is off", Bounds(0, MAX_CHANNELS)] = 36
+    s1_group: Annotated[int, "groups of every convolution of stage 1", Bounds(1)] = 1
+    s2_group: Annotated[int, "groups of every convolution of stage 2", Bounds(1)] = 2
+    s3_group: Annotated[int, "groups of every convolution of stage 3", Bounds(1)] = 1
     n_blocks: Sequence[int] = (2, 1, 1)  # blocks in each stage; 0 leaves the stage out
     # Max pools before the first block (0) or after block i; positions that a stage does not have are passed over.
     maxpool_pos_stage1: Sequence[int] = (0, 1, 2, 4)
@@ -42,11 +46,7 @@ class CpResnetConfig:
     def __post_init__(self):
         for name in ("n_blocks", "maxpool_pos_stage1", "maxpool_pos_stage2", "maxpool_pos_stage3", *PAIRS):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("n_classes", "in_channels", "base_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if not self.channels_multiplier > 0:
-            raise ValueError(f"channels_multiplier must be > 0, got {self.channels_multiplier}")
+        check_numbers(self)
         if len(self.n_blocks) != 3 or min(self.n_blocks) < 0 or self.n_blocks[0] < 1:
             raise ValueError(f"n_blocks must be three numbers >= 0, the first >= 1, got {self.n_blocks}")
         for stage in (1, 2, 3):
@@ -57,6 +57,8 @@ class CpResnetConfig:
             if len(getattr(self, name)) != 2 or min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be (freq, time), both >= 1, got {getattr(self, name)}")
         for stage, (c_in, c_out) in enumerate(self.widths, start=1):
+            if c_out > MAX_CHANNELS:
+                raise ValueError(f"stage {stage} has {c_out} channels: lower base_channels or channels_multiplier")
             if c_out < 1:
                 raise ValueError(f"stage {stage} has {c_out} channels: lower cut_channels_s{stage}")
             groups = getattr(self, f"s{stage}_group")
@@ -142,6 +144,7 @@ class CpResnet(nn.Module):
 
     def forward(self, log_mel: Tensor) -> Tensor:
         """Maps log-mel (batch, channel, mel, time) to logits (batch, class), before softmax."""
+        check_channels(log_mel, self.config.in_channels)
         if log_mel.shape[2] < self.smallest_input[0] or log_mel.shape[3] < self.smallest_input[1]:
             raise ValueError(
                 f"log_mel must have at least {self.smallest_input[0]} mel bands and {self.smallest_input[1]} frames, "

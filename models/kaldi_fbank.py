@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from models.blocks import Float32Constants
+from models.bounds import MAX_FFT, MAX_MELS, MOST, Bounds, check_hop, check_numbers
 
 PREEMPHASIS = 0.97
 POVEY_EXPONENT = 0.85  # the window is a Hann window to this power
@@ -26,16 +27,19 @@ CPU_CHUNK_VALUES = 1 << 19
 
 @dataclass(frozen=True)
 class KaldiFbankConfig:
-    sample_rate: Annotated[int, "sampling rate of the waveform in Hz"] = 16000
-    win_length: Annotated[int | None, "length of a frame in samples; None: 25 ms"] = None
-    hop_length: Annotated[int | None, "step from frame to frame in samples; None: 10 ms"] = None
-    n_mels: Annotated[int, "number of mel bands"] = 128
-    f_min: Annotated[float, "lower edge of the lowest band in Hz"] = 20.0
-    f_max: Annotated[float | None, "upper edge of the highest band in Hz; None: half the rate"] = None
-    dataset_mean: Annotated[float, "subtracted from the logarithm; BEATs' value for AudioSet"] = 15.41663
-    dataset_std: Annotated[float, "the result is divided by twice this; BEATs' value for AudioSet"] = 6.55582
+    sample_rate: Annotated[int, "sampling rate of the waveform in Hz", Bounds(1)] = 16000
+    win_length: Annotated[int | None, "length of a frame in samples; None: 25 ms", Bounds(3, MAX_FFT)] = None
+    hop_length: Annotated[int | None, "step from frame to frame in samples; None: 10 ms", Bounds(1)] = None
+    n_mels: Annotated[int, "number of mel bands", Bounds(1, MAX_MELS)] = 128
+    f_min: Annotated[float, "lower edge of the lowest band in Hz", Bounds(0)] = 20.0
+    f_max: Annotated[float | None, "upper edge of the highest band in Hz; None: half the rate", Bounds(0)] = None
+    dataset_mean: Annotated[float, "subtracted from the logarithm; BEATs' value for AudioSet", Bounds(-MOST)] = 15.41663
+    dataset_std: Annotated[
+        float, "the result is divided by twice this; BEATs' value for AudioSet", Bounds(0, above=True)
+    ] = 6.55582
 
     def __post_init__(self):
+        check_numbers(self)
         for name, default in (
             ("win_length", self.sample_rate * 25 // 1000),
             ("hop_length", self.sample_rate * 10 // 1000),
@@ -43,16 +47,13 @@ class KaldiFbankConfig:
         ):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        for name, least in (("sample_rate", 1), ("win_length", 3), ("hop_length", 1), ("n_mels", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        check_numbers(self)  # of a low rate, 10 ms are no sample
+        check_hop(self)
         if not 0 <= self.f_min < self.f_max <= self.sample_rate / 2:
             raise ValueError(
                 f"f_min and f_max must satisfy 0 <= f_min < f_max <= {self.sample_rate / 2} Hz (half the sample rate), "
                 f"got f_min {self.f_min}, f_max {self.f_max}"
             )
-        if not self.dataset_std > 0:
-            raise ValueError(f"dataset_std must be > 0, got {self.dataset_std}")
 
     @property
     def n_fft(self) -> int:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.blocks import Float32Constants
+from models.bounds import MAX_FFT, MAX_MELS, Bounds, check_hop, check_numbers
 
 log = logging.getLogger(__name__)
 
@@ -27,24 +28,27 @@ CPU_CHUNK_VALUES = 1 << 18
 
 @dataclass(frozen=True)
 class CpMelConfig:
-    sample_rate: Annotated[int, "sampling rate of the waveform in Hz"] = 32000
-    n_fft: Annotated[int, "length of the Fourier transform in samples"] = 4096
-    win_length: Annotated[int, "length of the Hann window in samples"] = 3072
-    hop_length: Annotated[int, "step from frame to frame in samples"] = 500
-    n_mels: Annotated[int, "number of mel bands"] = 256
-    f_min: Annotated[float, "lower edge of the lowest band in Hz"] = 0.0
+    sample_rate: Annotated[int, "sampling rate of the waveform in Hz", Bounds(1)] = 32000
+    n_fft: Annotated[int, "length of the Fourier transform in samples", Bounds(1, MAX_FFT)] = 4096
+    win_length: Annotated[int, "length of the Hann window in samples", Bounds(1, MAX_FFT)] = 3072
+    hop_length: Annotated[int, "step from frame to frame in samples", Bounds(1)] = 500
+    n_mels: Annotated[int, "number of mel bands", Bounds(1, MAX_MELS)] = 256
+    f_min: Annotated[float, "lower edge of the lowest band in Hz", Bounds(0)] = 0.0
     f_max: Annotated[
-        float | None, "upper edge of the highest band in Hz; None: half the rate minus half fmax_aug_range"
+        float | None, "upper edge of the highest band in Hz; None: half the rate minus half fmax_aug_range", Bounds(0)
     ] = None
-    fmin_aug_range: Annotated[int, "training: f_min rises by 0 .. this - 1 Hz, drawn per batch; 1 is off"] = 1
-    fmax_aug_range: Annotated[int, "training: f_max is drawn per batch from a range this wide in Hz; 1 is off"] = 1000
+    fmin_aug_range: Annotated[
+        int, "training: f_min rises by 0 .. this - 1 Hz, drawn per batch; 1 is off", Bounds(1)
+    ] = 1
+    fmax_aug_range: Annotated[
+        int, "training: f_max is drawn per batch from a range this wide in Hz; 1 is off", Bounds(1)
+    ] = 1000
 
     def __post_init__(self):
+        check_numbers(self)
+        check_hop(self)
         if self.f_max is None:
             object.__setattr__(self, "f_max", float(self.sample_rate // 2 - self.fmax_aug_range // 2))
-        for name in ("sample_rate", "win_length", "hop_length", "n_mels", "fmin_aug_range", "fmax_aug_range"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.n_fft < self.win_length:
             raise ValueError(f"n_fft must be >= win_length ({self.win_length}), got {self.n_fft}")
         if not 0 <= self.f_min < self.f_max <= self.sample_rate / 2:

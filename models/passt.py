@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.bounds import MAX_CHANNELS, MAX_LAYERS, Bounds, check_numbers, check_weights
+
 logger = logging.getLogger(__name__)
 
 PATCH = 16  # mel bands and frames
@@ -53,24 +55,30 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class PasstConfig:
-    n_classes: Annotated[int, "number of scenes; training takes it from the data set"] = 10
+    n_classes: Annotated[int, "number of scenes; training takes it from the data set", Bounds(1)] = 10
     arch: Annotated[
         Literal[tuple(ARCHITECTURES)], "published weights that this network fits; decides strides and input_tdim"
     ] = "passt_s_swa_p16_128_ap476"
-    in_channels: Annotated[int, "channels of the spectrogram"] = 1
-    fstride: Annotated[int | None, "step from patch to patch in mel bands; None: that of arch"] = None
-    tstride: Annotated[int | None, "step from patch to patch in frames; None: that of arch"] = None
-    input_fdim: Annotated[int, "mel bands of the spectrogram"] = 128
+    in_channels: Annotated[int, "channels of the spectrogram", Bounds(1)] = 1
+    fstride: Annotated[int | None, "step from patch to patch in mel bands; None: that of arch", Bounds(1)] = None
+    tstride: Annotated[int | None, "step from patch to patch in frames; None: that of arch", Bounds(1)] = None
+    input_fdim: Annotated[int, "mel bands of the spectrogram", Bounds(PATCH)] = 128
     input_tdim: Annotated[
-        int | None, "frames that the time embedding spans; shorter clips take a part of it; None: that of arch"
+        int | None,
+        "frames that the time embedding spans; shorter clips take a part of it; None: that of arch",
+        Bounds(PATCH),
     ] = None
-    u_patchout: Annotated[int, "training: patches dropped anywhere, drawn per batch; 0 is off"] = 0
-    s_patchout_t: Annotated[int, "training: whole columns (time) of patches dropped, drawn per batch; 0 is off"] = 0
-    s_patchout_f: Annotated[int, "training: whole rows (mel) of patches dropped, drawn per batch; 0 is off"] = 6
+    u_patchout: Annotated[int, "training: patches dropped anywhere, drawn per batch; 0 is off", Bounds(0)] = 0
+    s_patchout_t: Annotated[
+        int, "training: whole columns (time) of patches dropped, drawn per batch; 0 is off", Bounds(0)
+    ] = 0
+    s_patchout_f: Annotated[
+        int, "training: whole rows (mel) of patches dropped, drawn per batch; 0 is off", Bounds(0)
+    ] = 6
     grad_checkpointing: Annotated[bool, "training: compute blocks again in the backward pass to save memory"] = False
-    embed_dim: Annotated[int, "width of the tokens; 768 in all published weights"] = 768
-    depth: Annotated[int, "number of blocks; 12 in all published weights"] = 12
-    n_heads: Annotated[int, "attention heads; 12 in all published weights"] = 12
+    embed_dim: Annotated[int, "width of the tokens; 768 in all published weights", Bounds(1, MAX_CHANNELS)] = 768
+    depth: Annotated[int, "number of blocks; 12 in all published weights", Bounds(1, MAX_LAYERS)] = 12
+    n_heads: Annotated[int, "attention heads; 12 in all published weights", Bounds(1)] = 12
 
     def __post_init__(self):
         if self.arch not in ARCHITECTURES:
@@ -79,12 +87,8 @@ class PasstConfig:
         for name, own in (("fstride", arch.stride), ("tstride", arch.stride), ("input_tdim", arch.input_tdim)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, own)
-        for name in ("n_classes", "in_channels", "fstride", "tstride", "embed_dim", "depth", "n_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("input_fdim", "input_tdim"):
-            if getattr(self, name) < PATCH:
-                raise ValueError(f"{name} must be >= {PATCH}, the side of a patch, got {getattr(self, name)}")
+        check_numbers(self)
+        check_weights(12 * self.embed_dim**2 * self.depth, "embed_dim or depth")
         if self.embed_dim % self.n_heads:
             raise ValueError(f"embed_dim must be a multiple of n_heads ({self.n_heads}), got {self.embed_dim}")
         rows, columns = self.grid

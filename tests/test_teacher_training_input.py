@@ -49,7 +49,11 @@ def here(project, tmp_path, monkeypatch) -> Path:
         ("cp_resnet", ["--dataset_dir", "nowhere"], "nowhere/meta.csv is missing"),
         ("cp_resnet", ["--beta2", "1"], "--beta2 must be below 1"),
         ("cp_resnet", ["--hop_size", "2000"], "cannot take these clips: log_mel must have at least 17 mel bands"),
-        ("cp_resnet", ["--n_fft", "65536"], "cannot take these clips: waveform must have at least"),
+        (
+            "cp_resnet",
+            ["--n_fft", "65536"],
+            "take these clips: waveform must be (batch, sample) with at least n_fft",
+        ),
         ("passt", ["--n_mels", "64"], "cannot take these clips: log_mel must be (batch, 1, 32, time)"),
         ("passt", ["--s_patchout_t", "10"], "leaves nothing of the 2 x 9 patches of these clips"),
         ("passt", ["--run_id", "resnet"], "run resnet already exists in DCASE23_Task1"),

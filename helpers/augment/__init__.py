@@ -13,33 +13,29 @@ from helpers.augment.freq_mixstyle import FreqMixStyle
 from helpers.augment.mixup import MixUp
 from helpers.augment.spec_mask import ShareMask, SpecMask
 from helpers.augment.time_roll import TimeRoll
+from models.bounds import Bounds, check_numbers
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    roll: Annotated[int, "largest circular shift of a clip, in samples; 0 is off"] = 4000
-    dir_prob: Annotated[float, "share of clips given a device impulse response; 0 is off"] = 0.6
+    roll: Annotated[int, "largest circular shift of a clip, in samples; 0 is off", Bounds(0)] = 4000
+    dir_prob: Annotated[float, "share of clips given a device impulse response; 0 is off", Bounds(0, 1)] = 0.6
     dirs_path: Annotated[str | None, "folder of impulse responses (default: MicIRP's, fetched once)"] = None
     dir_devices: Annotated[str, "recording devices to convolve: names joined by commas, all, or auto (a)"] = "auto"
-    mixstyle_p: Annotated[float, "share of batches with Freq-MixStyle; 0 is off"] = 0.4
-    mixstyle_alpha: Annotated[float, "parameter of its Beta distribution"] = 0.3
+    mixstyle_p: Annotated[float, "share of batches with Freq-MixStyle; 0 is off", Bounds(0, 1)] = 0.4
+    mixstyle_alpha: Annotated[float, "parameter of its Beta distribution", Bounds(0, above=True)] = 0.3
     mixstyle_axis: Annotated[
         Literal["mel", "time"], "what has statistics of its own: bands, or frames as in BEATs' published recipe"
     ] = "mel"
-    freqm: Annotated[int, "widest frequency mask plus one, in mel bins; 0 is off"] = 48
-    timem: Annotated[int, "widest time mask plus one, in frames; 0 is off"] = 0
-    mask_share: Annotated[float, "widest masks of both axes, as shares of the spectrogram; 0 is off"] = 0.0
-    mixup_alpha: Annotated[float, "parameter of mixup's Beta distribution; 0 is off"] = 0.0
+    freqm: Annotated[int, "widest frequency mask plus one, in mel bins; 0 is off", Bounds(0)] = 48
+    timem: Annotated[int, "widest time mask plus one, in frames; 0 is off", Bounds(0)] = 0
+    mask_share: Annotated[float, "widest masks of both axes, as shares of the spectrogram; 0 is off", Bounds(0, 1)] = (
+        0.0
+    )
+    mixup_alpha: Annotated[float, "parameter of mixup's Beta distribution; 0 is off", Bounds(0)] = 0.0
 
     def __post_init__(self):
-        for name in ("roll", "freqm", "timem", "mixup_alpha"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
-        for name in ("dir_prob", "mixstyle_p", "mask_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if not self.mixstyle_alpha > 0:
-            raise ValueError(f"mixstyle_alpha must be > 0, got {self.mixstyle_alpha}")
+        check_numbers(self)
 
 
 def build_augment(
