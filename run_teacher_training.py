@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from datasets.cache import open_joined_store
 from datasets.crops import CroppedClips
 from datasets.synthetic import SYNTHETIC_NOTICE
 from datasets.waveforms import Batch
@@ -50,7 +51,7 @@ from helpers.data import (
     load_teacher,
     place_on_device,
 )
-from helpers.distributed import join_processes
+from helpers.distributed import join_processes, local_rank
 from helpers.loop import (
     LoopState,
     Precision,
@@ -213,7 +214,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # Of a run to resume, `restore_training` compares the scenes themselves.
         args.n_classes = check_n_classes(args.n_classes if checkpoint is None else None, data)
         if args.cropped:
-            data = replace(data, train=CroppedClips(data.meta, data.train.rows, data.store))
+            store = open_joined_store(
+                data.meta, data.store, data_config.cache_path, checked=local_rank() not in (None, 0)
+            )
+            data = replace(data, train=CroppedClips(data.meta, data.train.rows, store))
         has_teacher = load_teacher(data, args.kd_lambda, args.teacher_logits, demanded="kd_lambda" in given)
         with cli.option_errors(parser):
             temperature = args.temperature if has_teacher else None

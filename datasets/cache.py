@@ -2,6 +2,7 @@
 
     <cache_path>/<data set>_r<rate>_<list>/waveforms.i16     (clip, sample) int16, rows in `segment_order`
     <cache_path>/<data set>_r<rate>_<list>/manifest.json     what the rows are and how they were made
+    <cache_path>/<data set>_r<rate>_<list>_joined/           the same for windows of recordings (`open_joined_store`)
 
 Clips are found by file name; `<list>` is a digest of all names, and data sets with the same names but other audio get
 `-2`, `-3`, ... behind it. A store is used only while names, sizes and times of the audio files, resampler and checksums
@@ -87,19 +88,25 @@ class WaveformStore:
 
 
 def open_store(
-    meta: Meta, sample_rate: int, cache_path: Path | str, progress: bool = True, checked: bool = False
+    meta: Meta,
+    sample_rate: int,
+    cache_path: Path | str,
+    progress: bool = True,
+    checked: bool = False,
+    joined: bool = False,
 ) -> WaveformStore:
     """Opens the store of a data set at `sample_rate` Hz and builds it first where there is none that fits.
 
     Args:
         checked: another process of the same run has just opened it, so the audio files need not be looked at again.
+        joined: the segments of a recording are resampled as one; see `open_joined_store`.
 
     Raises:
         DataError: for an audio file that is missing, unreadable or unlike the others, and for a disk that is too small.
         OSError: when the disk is not writable.
     """
     root, has_audio = meta.root.resolve(), (meta.root / "audio").is_dir()
-    folders = _folders(meta, sample_rate, cache_path)
+    folders = _folders(meta, sample_rate, cache_path, joined)
     recorded = [(folder, spec) for folder in folders if (spec := _recorded_spec(folder, meta)) is not None]
     if checked or not has_audio:
         for folder, spec in sorted(recorded, key=lambda found: _root_of(found[0]) != root):
@@ -108,17 +115,38 @@ def open_store(
                 if not has_audio:
                     log.warning("%s has no audio; using the store %s, built from it earlier", meta.root, folder)
                 return WaveformStore(folder, spec)
-    spec, sources = make_spec(meta, sample_rate, recorded[0][1].files if recorded else None)
+    spec, sources = make_spec(meta, sample_rate, recorded[0][1].files if recorded else None, joined)
     folder, problem = _find_folder(folders, spec, sources)
     if problem is not None:
         with locked(folders[0].with_name(folders[0].name + ".lock"), f"the store {folders[0]}", wait=True):
-            folders = _folders(meta, sample_rate, cache_path)
+            folders = _folders(meta, sample_rate, cache_path, joined)
             folder, problem = _find_folder(folders, spec, sources)  # another process may have built it meanwhile
             if problem is not None:
                 if folder.exists():
                     log.warning("building %s again: %s", folder, problem)
                 build_store(folder, spec, sources, progress)
     return WaveformStore(folder, spec)
+
+
+def open_joined_store(
+    meta: Meta, store: WaveformStore, cache_path: Path | str, progress: bool = True, checked: bool = False
+) -> WaveformStore:
+    """The store for windows that cross the segments of a recording, at the rate of `store`, whose clips stand alone.
+
+    It is `store` itself where nothing is resampled, and where a segment is no whole number of samples at both rates, so
+    that joined rows would drift apart.
+
+    Raises:
+        DataError, OSError: as `open_store`.
+    """
+    rate, source_rate, n_frames = store.sample_rate, store.spec.source_rate, store.spec.source_frames
+    if rate == source_rate:
+        return store
+    if n_frames * rate % source_rate:
+        log.warning("segments of %d samples at %d Hz are resampled one by one: windows click where they meet",
+                    n_frames, source_rate)  # fmt: skip
+        return store
+    return open_store(meta, rate, cache_path, progress, checked, joined=True)
 
 
 def find_problem(folder: Path, spec: StoreSpec, sources: Sources | None = None, verify: bool = False) -> str | None:
@@ -193,10 +221,10 @@ def _find_folder(folders: list[Path], spec: StoreSpec, sources: Sources) -> tupl
     raise AssertionError("the last folder is not there and so belongs to nobody")
 
 
-def _folders(meta: Meta, sample_rate: int, cache_path: Path | str) -> list[Path]:
+def _folders(meta: Meta, sample_rate: int, cache_path: Path | str, joined: bool) -> list[Path]:
     """Where stores of such a list of clips are, and after them the first place where none is."""
     digest = hashlib.sha256("\n".join(sorted(map(str, meta.files))).encode()).hexdigest()[:8]
-    first = Path(cache_path) / f"{meta.root.resolve().name}_r{sample_rate}_{digest}"
+    first = Path(cache_path) / f"{meta.root.resolve().name}_r{sample_rate}_{digest}{'_joined' if joined else ''}"
     folders = [first]
     for number in count(2):
         if not folders[-1].is_dir():

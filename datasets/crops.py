@@ -4,8 +4,8 @@ Source: F. Schmid et al., technical report of DCASE 2023 Task 1, whose teachers 
 published: https://dcase.community/documents/challenge2023/technical_reports/DCASE2023_Schmid_28_t1.pdf
 
 TAU22's clips are recordings of ten seconds cut into segments of one, and the waveform store keeps the segments of a
-recording side by side, so a window is one contiguous piece of the file. Each segment was resampled alone: the few
-samples beside a joint are those of the segments, not those of the whole recording resampled.
+recording side by side, so a window is one contiguous piece of the file. Where clips are resampled, that is a store of
+its own, from `open_joined_store`: segments that were resampled one by one do not meet without a click.
 """
 
 import logging
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from datasets.cache import WaveformStore
-from datasets.tau import Meta, parse_clip_name, recording_key
+from datasets.tau import Meta, follows
 from datasets.waveforms import Clips
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class CroppedClips(Clips):
     its share of the window: an approximation, exact where the window is a segment.
 
     Args:
-        meta, rows, store, teacher_logits: as for `Clips`; the store is needed.
+        meta, rows, store, teacher_logits: as for `Clips`; the store is that of `open_joined_store`.
     """
 
     def __init__(self, meta: Meta, rows: np.ndarray, store: WaveformStore, teacher_logits: np.ndarray | None = None):
@@ -107,13 +107,7 @@ def find_runs(store_rows: np.ndarray, files: np.ndarray) -> tuple[np.ndarray, np
     Returns:
         For each clip the position of the first clip of its run, and the number of clips in the run, both (clip,) int64.
     """
-    starts = np.ones(len(files), dtype=bool)  # whether a run begins here
-    previous = None
-    for i, file in enumerate(files):
-        name = parse_clip_name(file)
-        here = None if name is None else (recording_key(file), name.recording_device, name.segment, store_rows[i])
-        expected = None if previous is None else (*previous[:2], previous[2] + 1, previous[3] + 1)
-        starts[i] = here is None or here != expected
-        previous = here
+    starts = ~follows(files)  # whether a run begins here
+    starts[1:] |= np.diff(store_rows) != 1
     run = np.cumsum(starts) - 1  # number of each clip's run
     return np.flatnonzero(starts)[run], np.bincount(run)[run]

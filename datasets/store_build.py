@@ -19,10 +19,10 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from datasets.audio import AudioFormat, read_audio, to_int16
+from datasets.audio import AudioFormat, read_audio, resample, to_int16
 from datasets.files import write_json
 from datasets.store_spec import Sources, StoreSpec, file_checksum
-from datasets.tau import DataError
+from datasets.tau import DataError, follows
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ def _write(folder: Path, building: Path, spec: StoreSpec, sources: Sources, prog
         _allocate(file, spec.n_bytes)
         journal = _Journal(building, file, spec, sources)
         todo = [i for i in range(len(spec.blocks)) if i not in journal.done]
-        source = AudioFormat(spec.source_rate, spec.source_frames)
+        read = ClipReader(root, spec)
 
         def build_block(i: int) -> tuple[int, list[int]]:
             start, stop = spec.blocks[i]
@@ -62,7 +62,7 @@ def _write(folder: Path, building: Path, spec: StoreSpec, sources: Sources, prog
             file_checksums = []
             for row in range(start, stop):
                 file_checksums.append(file_checksum(root / spec.files[row]))
-                clips[row - start] = to_int16(read_audio(root / spec.files[row], spec.sample_rate, source))
+                clips[row - start] = read(row)
             os.pwrite(file.fileno(), clips.data, 2 * start * spec.n_samples)
             return zlib.crc32(clips), file_checksums
 
@@ -74,7 +74,7 @@ def _write(folder: Path, building: Path, spec: StoreSpec, sources: Sources, prog
                 journal.write(i, checksum, file_checksums)
                 bar.update(spec.blocks[i][1] - spec.blocks[i][0])
         os.fsync(file.fileno())
-        _spot_check(root, file, spec)
+        _spot_check(read, file, spec)
     blocks = [journal.done[i] for i in range(len(spec.blocks))]
     manifest = asdict(spec) | {
         "root": str(root.resolve()),
@@ -117,7 +117,33 @@ def _allocate(file: BinaryIO, n_bytes: int) -> None:
     file.truncate(n_bytes)
 
 
-def _spot_check(root: Path, file: BinaryIO, spec: StoreSpec) -> None:
+class ClipReader:
+    """Called with a row, reads what that row of a store must hold: (sample,) int16."""
+
+    def __init__(self, root: Path, spec: StoreSpec):
+        self.root, self.spec = root, spec
+        self.source = AudioFormat(spec.source_rate, spec.source_frames)
+        self.follows = np.append(follows(spec.files) if spec.is_joined else np.zeros(len(spec.files), bool), False)
+
+    def __call__(self, row: int) -> np.ndarray:
+        before, after = self.follows[row], self.follows[row + 1]
+        if not (before or after):
+            return to_int16(self._read(row, self.spec.sample_rate))
+        n = self.spec.n_context
+        parts = [self._read(row, self.spec.source_rate)]
+        if before:
+            parts.insert(0, self._read(row - 1, self.spec.source_rate)[-n:])
+        if after:
+            parts.append(self._read(row + 1, self.spec.source_rate)[:n])
+        start = n * self.spec.sample_rate // self.spec.source_rate if before else 0
+        joined = resample(np.concatenate(parts), self.spec.source_rate, self.spec.sample_rate)
+        return to_int16(joined[start : start + self.spec.n_samples])
+
+    def _read(self, row: int, rate: int) -> np.ndarray:
+        return read_audio(self.root / self.spec.files[row], rate, self.source)
+
+
+def _spot_check(read: ClipReader, file: BinaryIO, spec: StoreSpec) -> None:
     """Reads some clips from their sources again, as nothing else has seen what was written.
 
     Raises:
@@ -126,7 +152,7 @@ def _spot_check(root: Path, file: BinaryIO, spec: StoreSpec) -> None:
     n_clips = len(spec.files)
     for row in sorted({round(i * (n_clips - 1) / (N_SPOT_CHECKS - 1)) for i in range(N_SPOT_CHECKS)}):
         stored = os.pread(file.fileno(), 2 * spec.n_samples, 2 * row * spec.n_samples)
-        if stored != to_int16(read_audio(root / spec.files[row], spec.sample_rate)).tobytes():
+        if stored != read(row).tobytes():
             raise DataError(
                 f"{file.name} does not hold {spec.files[row]} as it is now: was the data set changed meanwhile, or is "
                 "the disk failing? Remove the folder and run again"

@@ -1,5 +1,6 @@
 """What a waveform store is made from, and what its manifest says of it."""
 
+import math
 import os
 import posixpath
 import zlib
@@ -16,6 +17,8 @@ from datasets.tau import DataError, Meta, segment_order
 
 STORE_VERSION = 2  # 1 knew neither times nor checksums of the audio files
 BLOCK_ROWS = 256  # clips that one task resamples and one checksum covers
+JOINED = ", segments joined"  # of StoreSpec.resampler
+CONTEXT_FRAMES = 4096  # of the segments beside it that are resampled with a joined segment; soxr's filters are shorter
 N_FORMATS = 9  # headers that decide what most clips are like
 
 
@@ -28,13 +31,24 @@ class StoreSpec:
     n_samples: int  # per clip, after resampling
     source_rate: int  # Hz
     source_frames: int  # samples per clip, before resampling
-    resampler: str
+    resampler: str  # with its version, and whether segments were joined
     files: list[str]  # by row
     source_bytes: list[int]  # size of each audio file, by row
 
     @property
     def n_bytes(self) -> int:
         return 2 * len(self.files) * self.n_samples
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether the segments of a recording were joined and resampled as one; else each clip was resampled alone."""
+        return self.resampler.endswith(JOINED)
+
+    @property
+    def n_context(self) -> int:
+        """Samples of its neighbours that a joined segment is resampled with: whole periods of both rates."""
+        period = self.source_rate // math.gcd(self.source_rate, self.sample_rate)
+        return min(-(-CONTEXT_FRAMES // period) * period, self.source_frames)
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
@@ -67,8 +81,11 @@ class Sources:
     mtimes_ns: list[int]  # time of the last change
 
     def state(self, start: int, stop: int) -> int:
-        """A digest of size and time of the files of some rows; another one when any of them was written again."""
-        rows = slice(start, stop)
+        """A digest of size and time of the files of some rows; another one when any of them was written again.
+
+        The rows beside them count too: a joined row is resampled with a part of them.
+        """
+        rows = slice(max(0, start - 1), stop + 1)
         return zlib.crc32(repr((self.n_bytes[rows], self.mtimes_ns[rows])).encode())
 
 
@@ -116,11 +133,14 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def make_spec(meta: Meta, sample_rate: int, order: Sequence[str] | None = None) -> tuple[StoreSpec, Sources]:
+def make_spec(
+    meta: Meta, sample_rate: int, order: Sequence[str] | None = None, joined: bool = False
+) -> tuple[StoreSpec, Sources]:
     """Describes the store that the data set on disk asks for; looks up every audio file's size, reads few headers.
 
     Args:
         order: the names of the clips in the order of `segment_order`, where that is known; sorting takes a while.
+        joined: the segments of a recording are to be resampled as one.
 
     Raises:
         DataError: for files that are missing, empty, or no audio.
@@ -138,7 +158,7 @@ def make_spec(meta: Meta, sample_rate: int, order: Sequence[str] | None = None) 
         n_samples=resampled_length(source.n_frames, source.sample_rate, sample_rate),
         source_rate=source.sample_rate,
         source_frames=source.n_frames,
-        resampler=f"{RESAMPLER} of soxr {soxr.__version__}",
+        resampler=f"{RESAMPLER} of soxr {soxr.__version__}{JOINED if joined else ''}",
         files=files,
         source_bytes=sources.n_bytes,
     )

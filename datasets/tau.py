@@ -98,6 +98,18 @@ def segment_order(files: Sequence[str]) -> np.ndarray:
     return np.array(sorted(range(len(files)), key=key), dtype=np.int64)
 
 
+def follows(files: Sequence[str]) -> np.ndarray:
+    """Whether each clip (n,) is the next segment of the recording, by the same device, of the clip before it."""
+    result = np.zeros(len(files), dtype=bool)
+    expected = None
+    for i, file in enumerate(files):
+        name = parse_clip_name(file)
+        here = None if name is None else (recording_key(file), name.recording_device, name.segment)
+        result[i] = here is not None and here == expected
+        expected = None if here is None else (*here[:2], here[2] + 1)
+    return result
+
+
 @dataclass(frozen=True, eq=False)
 class Meta:
     """One data set as its meta.csv tells it; arrays (n,) in the order of that file.

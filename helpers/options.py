@@ -48,7 +48,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     cli.add_config_arguments(parser, "data", DataConfig)
     data = parser.add_argument_group("loading")
     data.add_argument(
-        "--num_workers", type=cli.number(int, 0), default=1, help="batches read ahead by a thread; 0 reads in turn"
+        "--num_workers", type=cli.number(int, 0, 256), default=1, help="batches read ahead by a thread; 0 reads in turn"
     )
     data.add_argument("--data_on_device", choices=["auto", "yes", "no"], default="auto",
                       help="keep the training part in the device's memory; auto: on a GPU where it fits")  # fmt: skip

@@ -28,8 +28,8 @@ def make_divisible(value: float, divisor: int = 8) -> int:
 
 @dataclass(frozen=True)
 class CpMobileConfig:
-    n_classes: Annotated[int, "number of scenes; training takes it from the data set", Bounds(1)] = 10
-    in_channels: Annotated[int, "channels of the spectrogram", Bounds(1)] = 1
+    n_classes: Annotated[int, "number of scenes; training takes it from the data set", Bounds(1, MAX_CHANNELS)] = 10
+    in_channels: Annotated[int, "channels of the spectrogram", Bounds(1, MAX_CHANNELS)] = 1
     base_channels: Annotated[
         int, "channels of the first stage, rounded to a multiple of 8", Bounds(1, MAX_CHANNELS)
     ] = 32

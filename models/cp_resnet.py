@@ -21,8 +21,8 @@ PAIRS = ("maxpool_stage1_pos0_kernel", "maxpool_stage1_pos0_stride", "maxpool_ke
 
 @dataclass(frozen=True)
 class CpResnetConfig:
-    n_classes: Annotated[int, "number of scenes; training takes it from the data set", Bounds(1)] = 10
-    in_channels: Annotated[int, "channels of the spectrogram", Bounds(1)] = 1
+    n_classes: Annotated[int, "number of scenes; training takes it from the data set", Bounds(1, MAX_CHANNELS)] = 10
+    in_channels: Annotated[int, "channels of the spectrogram", Bounds(1, MAX_CHANNELS)] = 1
     rho: Annotated[int, "receptive field: 1 to 11, larger turns more 1x1 into 3x3 convolutions", Bounds(1, 11)] = 8
     base_channels: Annotated[int, "channels of stage 1", Bounds(1, MAX_CHANNELS)] = 32
     channels_multiplier: Annotated[

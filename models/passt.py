@@ -55,11 +55,11 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class PasstConfig:
-    n_classes: Annotated[int, "number of scenes; training takes it from the data set", Bounds(1)] = 10
+    n_classes: Annotated[int, "number of scenes; training takes it from the data set", Bounds(1, MAX_CHANNELS)] = 10
     arch: Annotated[
         Literal[tuple(ARCHITECTURES)], "published weights that this network fits; decides strides and input_tdim"
     ] = "passt_s_swa_p16_128_ap476"
-    in_channels: Annotated[int, "channels of the spectrogram", Bounds(1)] = 1
+    in_channels: Annotated[int, "channels of the spectrogram", Bounds(1, MAX_CHANNELS)] = 1
     fstride: Annotated[int | None, "step from patch to patch in mel bands; None: that of arch", Bounds(1)] = None
     tstride: Annotated[int | None, "step from patch to patch in frames; None: that of arch", Bounds(1)] = None
     input_fdim: Annotated[int, "mel bands of the spectrogram", Bounds(PATCH)] = 128

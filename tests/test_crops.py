@@ -1,5 +1,6 @@
 import re
 from itertools import groupby
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,8 @@ import soundfile
 import torch
 from scipy.stats import kstest
 
-from datasets.cache import open_store
+from datasets.audio import resample, to_int16
+from datasets.cache import open_joined_store, open_store
 from datasets.crops import CroppedClips, find_runs
 from datasets.tau import hold_out_recordings, read_meta, train_rows
 from datasets.waveforms import Clips, batches, epoch_order
@@ -277,11 +279,7 @@ def test_ten_second_recordings_are_joined_from_real_segments(shared, tmp_path):
     """A real recording, cut into segments as TAU22 does: windows are pieces of the recording itself."""
     source, rate = soundfile.read(shared("audio/tau20_samples") / "metro_station-paris.wav", dtype="int16")
     source = source if source.ndim == 1 else source[:, 0]
-    folder = TauFolder(tmp_path / "real", rate=rate)
-    files = [folder.add("metro_station", "paris", 1, segment, "a") for segment in range(10)]
-    for segment, file in enumerate(files):
-        soundfile.write(folder.root / file, source[segment * rate : (segment + 1) * rate], rate, subtype="PCM_16")
-    folder.write_lists(files[:9], files[9:])
+    folder = real_segments(tmp_path / "real", source[: 10 * rate], rate, 10)
     meta = read_meta(folder.root)
     clips = CroppedClips(meta, train_rows(meta), open_store(meta, rate, tmp_path / "cache", progress=False))
     clips.start_epoch(0, 0)
@@ -289,6 +287,63 @@ def test_ten_second_recordings_are_joined_from_real_segments(shared, tmp_path):
     assert max(starts) > 4 * rate
     for start, window in zip(starts, clips.batch(torch.arange(9)).waveform.numpy(), strict=True):
         np.testing.assert_array_equal(window, source[start : start + rate])
+
+
+def real_segments(root: Path, source: np.ndarray, rate: int, n_segments: int) -> TauFolder:
+    """A recording (sample,) int16, cut into segments as TAU22's are; the last one is the test part."""
+    folder = TauFolder(root, rate=rate)
+    files = [folder.add("metro_station", "paris", 1, segment, "a") for segment in range(n_segments)]
+    for file, segment in zip(files, np.split(source, n_segments), strict=True):
+        soundfile.write(folder.root / file, segment, rate, subtype="PCM_16")
+    folder.write_lists(files[:-1], files[-1:])
+    return folder
+
+
+@pytest.mark.parametrize("rate", [32000, 22050, 8000])
+def test_windows_of_resampled_recordings_hold_no_clicks(shared, tmp_path, rate):
+    source, source_rate = soundfile.read(shared("audio/tau20_samples") / "metro_station-paris.wav", dtype="int16")
+    source = source[: 4 * source_rate] if source.ndim == 1 else source[: 4 * source_rate, 0]
+    meta = read_meta(real_segments(tmp_path / "real", source, source_rate, 4).root)
+    whole = to_int16(resample(source.astype(np.float32) / 32768, source_rate, rate))
+    plain = open_store(meta, rate, tmp_path / "cache", progress=False)
+    store = open_joined_store(meta, plain, tmp_path / "cache", progress=False)
+    assert np.abs(np.ravel(store.waveforms).astype(int) - whole).max() <= 1  # the last bit of float32 resampling
+    assert np.abs(np.ravel(plain.waveforms).astype(int) - whole).max() > 10  # what is mended
+    alone = to_int16(resample(source[:source_rate].astype(np.float32) / 32768, source_rate, rate))
+    np.testing.assert_array_equal(plain.waveforms[0], alone)  # single clips stay as published checkpoints heard them
+    assert open_joined_store(meta, plain, tmp_path / "cache", progress=False).folder == store.folder
+
+
+def test_a_joined_store_is_built_from_neighbours_alone(tmp_path):
+    """A missing segment, another device and names of another pattern are resampled as they stand."""
+    source = np.random.default_rng(0).integers(-9000, 9000, (5, 1000), dtype=np.int16)
+    folder = TauFolder(tmp_path / "tau", rate=1000)
+    files = [
+        folder.add("bus", "paris", 1, segment, device) for segment, device in ((0, "a"), (1, "a"), (3, "a"), (4, "b"))
+    ]
+    for file, segment in zip(files, source, strict=False):
+        soundfile.write(folder.root / file, segment, 1000, subtype="PCM_16")
+    folder.write_lists(files[:3], files[3:])
+    meta = read_meta(folder.root)
+    plain = open_store(meta, 500, tmp_path / "cache", progress=False)
+    store = open_joined_store(meta, plain, tmp_path / "cache", progress=False)
+    same = (store.waveforms == plain.waveforms).all(axis=1)
+    assert dict(zip(store.spec.files, same.tolist(), strict=True)) == dict(
+        zip(files, [False, False, True, True], strict=True)
+    )
+
+
+def test_where_nothing_is_resampled_there_is_one_store(folder, tmp_path):
+    meta = read_meta(folder.root)
+    store = open_store(meta, RATE, tmp_path, progress=False)
+    assert open_joined_store(meta, store, tmp_path) is store
+
+
+def test_segments_of_a_broken_number_of_samples_are_resampled_alone_and_told(folder, tmp_path, caplog):
+    meta = read_meta(folder.root)  # 200 samples at 4000 Hz are 110.25 at 2205
+    store = open_store(meta, 2205, tmp_path, progress=False)
+    assert open_joined_store(meta, store, tmp_path) is store
+    assert "windows click where they meet" in caplog.text
 
 
 def test_an_epoch_must_be_started(folder):

@@ -13,7 +13,7 @@ import torch
 
 import run_teacher_training
 import run_training
-from datasets.cache import open_store
+from datasets.cache import open_joined_store, open_store
 from datasets.crops import CroppedClips
 from datasets.tau import read_meta, train_rows
 from datasets.tau import test_rows as rows_for_test
@@ -212,7 +212,8 @@ def test_cropped_training_sees_windows_and_scores_whole_clips(here, monkeypatch)
     train("cropped", "cp_resnet", "--cropped", "--n_epochs", "2", "--eval_every", "2")
     meta = read_meta("tau")
     store = open_store(meta, 8000, "cache", progress=False)
-    clips = store.waveforms[store.rows(meta.files[train_rows(meta)])]  # segments of a recording side by side
+    joined = open_joined_store(meta, store, "cache", progress=False)
+    clips = joined.waveforms[joined.rows(meta.files[train_rows(meta)])]  # segments of a recording side by side
     recordings = [clips[i : i + 3].reshape(-1) for i in range(0, len(clips), 3)]
     windows = np.concatenate(seen["train"])
     assert len(windows) == 2 * len(clips)
