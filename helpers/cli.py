@@ -21,7 +21,7 @@ from datasets.files import ContentError
 from datasets.tau import DataError
 from helpers.checkpoint import CheckpointError
 from helpers.complexity import LimitError
-from helpers.distributed import local_rank
+from helpers.distributed import is_loss, leave_processes, local_rank
 from helpers.errors import ExportError
 from helpers.logger import RUN_ID
 from helpers.loop import NonFiniteLogitsError, NonFiniteLossError, StoppedError
@@ -271,6 +271,7 @@ def run(main: Callable[[list[str] | None], Any]) -> None:
     logging.basicConfig(level=logging.WARNING if _is_other() else logging.INFO, format="%(message)s")
     try:
         result = main(None)
+        leave_processes()
         sys.stdout.flush()
         sys.exit(result if isinstance(result, int) else 0)
     except StoppedError as stopped:
@@ -281,6 +282,10 @@ def run(main: Callable[[list[str] | None], Any]) -> None:
         _say(f"error: {_one_line(error)}")
         sys.exit(USAGE_ERROR)
     except (RuntimeError, MemoryError) as error:
+        if is_loss(error):
+            logging.getLogger(__name__).debug("", exc_info=True)
+            _say("error: another process of this run has ended: its own message says why, see above or on its machine")
+            sys.exit(1)
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         logging.getLogger(__name__).debug("", exc_info=True)
@@ -296,7 +301,8 @@ _UNSET = object()
 
 def _is_other() -> bool:
     """Whether this is one of several processes, and not the one that speaks."""
-    return int(os.environ.get("RANK", "0")) > 0
+    rank = os.environ.get("RANK", "0")
+    return rank.isdecimal() and int(rank) > 0
 
 
 def _say(line: str) -> None:

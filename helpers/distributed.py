@@ -9,11 +9,14 @@ shares out the clips without repeating any.
 """
 
 import atexit
+import functools
 import os
+import sys
+import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -25,8 +28,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from datasets.tau import DataError
 
-# The others wait while one process downloads or caches the data set.
+# The others wait while one process downloads or caches the data set; one that is lost is noticed much earlier.
 TIMEOUT = timedelta(hours=4)
+MEETING_TIMEOUT = timedelta(minutes=5)  # torchrun starts all processes at about the same time
+BEAT_SECONDS = 5.0  # how often a process tells the others that it is alive
+LOST_SECONDS = 120.0  # after which one that does not is lost
+
+
+class LaunchError(OSError):
+    """Processes that were started together cannot work together; one line with the reason."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +103,16 @@ class Processes:
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """One process of each machine goes first through a with block: it downloads and caches, the others find it."""
-        goes_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-        if self.size > 1 and not goes_first:
-            dist.barrier()
+        goes_first = local_rank() in (None, 0)
+        if not goes_first:
+            self.wait()
         yield
-        if self.size > 1 and goes_first:
-            dist.barrier()
+        if goes_first:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns once all processes are here."""
+        self.largest(0)
 
     def seed(self, seed: int) -> None:
         """Seeds the generators that augmentations draw from, each process its own way; one alone goes on as it is."""
@@ -118,25 +132,170 @@ class Processes:
 ALONE = Processes()
 
 
+def launched_as() -> tuple[int, int] | None:
+    """Rank and number of the processes that torchrun started; None for one that was started alone.
+
+    Raises:
+        LaunchError: when the environment says it only in part.
+    """
+    if "RANK" not in os.environ:
+        return None
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise LaunchError(
+            f"the environment has RANK, which torchrun sets, but not {', '.join(missing)}: start several processes "
+            "with torchrun, and one alone after `unset RANK`"
+        )
+    rank, size, port = (_whole_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if rank >= size or port > 65535:
+        raise LaunchError(
+            f"the environment has RANK {rank} of WORLD_SIZE {size} and MASTER_PORT {port}, which cannot be: start "
+            "several processes with torchrun, and one alone after `unset RANK`"
+        )
+    return rank, size
+
+
 def local_rank() -> int | None:
     """Number of this process on its machine when torchrun started it."""
-    return int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
+    return _whole_number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else None
+
+
+def _whole_number(name: str) -> int:
+    text = os.environ[name]
+    if not (text.isascii() and text.isdecimal()):
+        raise LaunchError(f"the environment has {name}={text!r}, which torchrun sets to a whole number: unset it")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The processes of one torchrun command that are alive now and have met.
+
+    Args:
+        kept: the store of the command, which lasts while processes end and are started again.
+        store: a part of it that only these processes use.
+    """
+
+    kept: dist.Store
+    store: dist.Store
+    rank: int
+    size: int
+
+
+@functools.cache
+def _launch() -> Launch | None:
+    """Meets the other processes; None where there are none, as without torchrun."""
+    if (found := launched_as()) is None:
+        return None
+    rank, size = found
+    try:
+        kept, _, _ = next(dist.rendezvous("env://", timeout=MEETING_TIMEOUT))
+        store = dist.PrefixStore(_meet(kept, rank, size), kept)
+    except (dist.DistError, TimeoutError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise LaunchError(
+            f"process {rank} of {size} cannot meet the others at {address}: {str(error).splitlines()[0]}"
+        ) from error
+    kept.set_timeout(TIMEOUT)
+    if size > 1:
+        Heartbeat(dist.PrefixStore("alive", store.clone()), rank, size).start()
+    return Launch(kept, store, rank, size)
 
 
 def join_processes(device: torch.device) -> Processes:
-    """Meets the other processes that torchrun started; alone where it did not."""
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
+    """Makes the processes that torchrun started a group; a process alone is a group of one.
+
+    Raises:
+        LaunchError: when they do not find each other.
+    """
+    if (launch := _launch()) is None or launch.size == 1:
         return ALONE
     if not dist.is_initialized():
         backend = "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
             backend = "cpu:gloo,cuda:nccl"
-        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        store = dist.PrefixStore(_meet(store, rank, size), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=launch.store, rank=launch.rank, world_size=launch.size, timeout=TIMEOUT)
         atexit.register(dist.destroy_process_group)
-    return Processes(dist.get_rank(), dist.get_world_size())
+    return Processes(launch.rank, launch.size)
+
+
+def leave_processes() -> None:
+    """Ends together with the others: one that ends early would be lost to them, and none could be started again."""
+    if dist.is_initialized():
+        Processes(dist.get_rank(), dist.get_world_size()).wait()
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether an exchange with the other processes failed because one of them is gone."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def main_decides(name: str, decide: Callable[[], str]) -> str:
+    """The answer of process 0, for all processes; needs no group yet. `name` is asked for once in a process's life."""
+    if (launch := _launch()) is None:
+        return decide()
+    if launch.rank == 0:
+        launch.store.set(f"decided/{name}", decide())
+    return launch.store.get(f"decided/{name}").decode()  # waits
+
+
+def keep(name: str, value: str) -> None:
+    """Keeps a value for the processes that torchrun may start again in the place of these; without it, nothing."""
+    if (launch := _launch()) is not None:
+        launch.kept.set(f"kept/{name}", value)
+
+
+def recall(name: str) -> str | None:
+    """What a process of the same torchrun command has kept; None when there is nothing."""
+    launch = _launch()
+    if launch is None or not launch.kept.check([f"kept/{name}"]):
+        return None
+    return launch.kept.get(f"kept/{name}").decode()
+
+
+class Heartbeat(threading.Thread):
+    """Tells the others that this process is alive; ends it when another one says nothing for LOST_SECONDS.
+
+    A process that ends closes its connections, which the others notice at once. One that is lost with its machine or
+    network does not, and they would wait for it as long as for one that builds the waveform store.
+
+    Args:
+        store: one that no other thread uses.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int):
+        super().__init__(name="heartbeat", daemon=True)
+        self.store, self.rank, self.size = store, rank, size
+        self._over = threading.Event()
+
+    def start(self) -> None:
+        super().start()
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join(BEAT_SECONDS)
+
+    def run(self) -> None:
+        n_beats, started = 0, time.monotonic()
+        heard = {rank: (b"", started) for rank in range(self.size) if rank != self.rank}  # last beat, and when
+        while not self._over.wait(BEAT_SECONDS):
+            n_beats += 1
+            with suppress(RuntimeError):  # the store is lost with the machine that it is on
+                self.store.set(str(self.rank), str(n_beats))
+                for rank, (beat, _) in heard.items():
+                    if self.store.check([str(rank)]) and (now := self.store.get(str(rank))) != beat:
+                        heard[rank] = now, time.monotonic()
+            lost = [rank for rank, (_, when) in heard.items() if time.monotonic() - when > LOST_SECONDS]
+            if lost:
+                names = ", ".join(map(str, lost))
+                print(
+                    f"error: process {self.rank} of {self.size} has not heard of process {names} for "
+                    f"{LOST_SECONDS:.0f} seconds and ends: its machine or the network is lost",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+                os._exit(1)  # the main thread waits for the lost one, in a call that nothing else interrupts
 
 
 def _meet(store: dist.Store, rank: int, size: int) -> str:
@@ -152,8 +311,10 @@ def _meet(store: dist.Store, rank: int, size: int) -> str:
         common = store.get(f"common/{own}").decode()  # waits
         store.set(f"known/{common}/{rank}", "")
         return common
-    missing = set(range(1, size))
+    missing, started = set(range(1, size)), time.monotonic()
     while missing:
+        if time.monotonic() - started > MEETING_TIMEOUT.total_seconds():
+            raise TimeoutError(f"no sign of process {', '.join(map(str, sorted(missing)))}")
         for other in [other for other in missing if store.check([f"here/{other}"])]:
             store.set(f"common/{store.get(f'here/{other}').decode()}", own)  # of an ended process, perhaps
             if store.check([f"known/{own}/{other}"]):

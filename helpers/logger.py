@@ -169,7 +169,7 @@ class RunLogger:
     Args:
         project_name: folder of all runs of a project; its last part is the project's name for the backends.
         run_id: id of the run, which is also W&B's; None draws a new one.
-        options: resolved options; kept in `options.json` by the first start, untouched when the run is resumed.
+        options: resolved options; kept in `options.json` by the start, untouched when the run is resumed.
         backends: names from LOGGERS.
         experiment_name: name that the backends show.
         resume_epoch: number of epochs the checkpoint has finished; later lines of `metrics.jsonl` are dropped, as they
@@ -177,7 +177,7 @@ class RunLogger:
 
     Raises:
         ValueError: for an unknown backend or an id that cannot be a folder's name.
-        FileExistsError: if a new run is given the id of an existing one.
+        FileExistsError: if a new run is given the id of an existing one that has saved something.
     """
 
     def __init__(
@@ -199,12 +199,12 @@ class RunLogger:
         self.id = run_id or new_id(project)
         self.dir = project / self.id
         self.checkpoint_dir = self.dir / "checkpoints"
-        if resume_epoch is None and (self.dir / "options.json").exists():
+        if resume_epoch is None and has_results(self.dir):
             raise FileExistsError(f"run {self.id} already exists in {project}: resume it, or choose another id")
 
         self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
         self._options = options = _plain(options)
-        if not (self.dir / "options.json").exists():
+        if resume_epoch is None or not (self.dir / "options.json").exists():
             with replacing(self.dir / "options.json") as file:
                 file.write(json.dumps(options, indent=2, allow_nan=False) + "\n")
         self._metrics = self.dir / "metrics.jsonl"
@@ -254,6 +254,12 @@ class RunLogger:
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         self.close(failed=kind is not None)
+
+
+def has_results(folder: Path) -> bool:
+    """Whether a run has saved a checkpoint or metrics; one that was stopped before may be begun again."""
+    metrics, checkpoints = folder / "metrics.jsonl", (folder / "checkpoints").glob("*")
+    return (metrics.is_file() and metrics.stat().st_size > 0) or any(path.suffix != ".tmp" for path in checkpoints)
 
 
 def new_id(project: Path) -> str:

@@ -19,8 +19,8 @@ from datasets.waveforms import Clips
 from helpers import cli
 from helpers.checkpoint import CheckpointError
 from helpers.data import changed_data
-from helpers.distributed import Processes
-from helpers.logger import RunLogger, new_id
+from helpers.distributed import Processes, keep, main_decides, recall
+from helpers.logger import RunLogger, has_results, new_id
 from helpers.loop import LoopState, StoppedError, StopSignal, Update
 from helpers.options import FREE_ON_RESUME
 from helpers.report import epoch_line, metric_tables, write_report
@@ -53,15 +53,17 @@ def parse_options(
     """
     args, given = parser.parse_args(argv), cli.given_options(parser, argv)
     cli.check_sweep(parser, given)
-    if not args.resume and (begun := _begun(args.project_name)) is not None:
+    is_new = not args.resume and not getattr(args, "dry_run", False)
+    if is_new and (begun := main_decides("run to go on with", lambda: _begun(args.project_name))):
         argv, given = [*argv, "--resume", begun], given | {"resume"}
         args = parser.parse_args(argv)
         log.info("run %s goes on after a failure", begun)
     if args.resume:
         path = Path(args.project_name) / args.resume / "options.json"
         if not path.is_file():
+            several = "; all machines need the same folder" if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 else ""
             raise CheckpointError(
-                f"no run {args.resume} in {args.project_name}; there is {known_runs(args.project_name)}"
+                f"no run {args.resume} in {args.project_name}; there is {known_runs(args.project_name)}{several}"
             )
         try:
             saved = read_json(path)
@@ -83,27 +85,10 @@ def parse_options(
     return args, given
 
 
-def _note(project: str) -> Path | None:
-    """Where the processes of one torchrun command note the run that they began; None without torchrun."""
-    command = os.environ.get("TORCHELASTIC_RUN_ID")
-    if command is None:
-        return None
-    if command == "none":  # the id of every command without --standalone or --rdzv_id; they differ in their ports
-        command = f"port{os.environ['MASTER_PORT']}"
-    return Path(project) / f".torchrun-{command}"
-
-
-def _begun(project: str) -> str | None:
+def _begun(project: str) -> str:
     """The run that the same torchrun command began before one of its processes failed, once it has a checkpoint."""
-    note = _note(project)
-    if note is None or not note.is_file():
-        return None
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        if os.environ["RANK"] == "0":
-            note.unlink()  # of another command that is over
-        return None
-    run = note.read_text(encoding="utf-8")
-    return run if (Path(project) / run / "checkpoints" / "last.pt").is_file() else None
+    run = recall("run")
+    return run if run and (Path(project) / run / "checkpoints" / "last.pt").is_file() else ""
 
 
 def resume_command(script: str, project: str, run: str) -> str:
@@ -161,17 +146,14 @@ def open_run(
     if not processes.is_main:
         yield OtherProcess()
         return
-    note, run_id = _note(project), run_id or new_id(Path(project))
-    with (
-        locked(Path(project) / run_id / ".lock", f"run {run_id}"),
-        RunLogger(project, run_id, *arguments, **options) as logger,
-    ):
-        if note is not None:
-            note.write_text(logger.id, encoding="utf-8")
-        logger.keep_options(REMEDIES)
-        yield logger
-    if note is not None:  # not after a failure: the processes that follow need it
-        note.unlink(missing_ok=True)
+    run_id = run_id or recall("run") or new_id(Path(project))
+    folder = Path(project) / run_id
+    with locked(folder / ".lock", f"run {run_id}"):
+        if not has_results(folder):
+            keep("run", run_id)  # processes that follow after a failure take this run
+        with RunLogger(project, run_id, *arguments, **options) as logger:
+            logger.keep_options(REMEDIES)
+            yield logger
 
 
 def last_checkpoint(project: str, run: str) -> Path:
