@@ -1,6 +1,7 @@
 """What a run looks like at its end: tables for the terminal, curves, a confusion matrix, and a report of all three."""
 
 import json
+import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from datasets.tau import DataError
+
+log = logging.getLogger(__name__)
 
 # Okabe & Ito's palette: told apart with any kind of colour vision.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -91,21 +96,27 @@ def spread(values: Sequence[float]) -> str:
 
 
 def read_history(path: Path | str) -> list[dict[str, float]]:
-    """Reads metrics.jsonl: one dict per epoch, NaN where the file says null. Half a last line is left out.
+    """Reads metrics.jsonl: one dict per epoch, NaN where the file says null.
+
+    Half a last line is left out, and with a warning each line that does not hold the numbers of an epoch: one damaged
+    line must not cost the report of a long run.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: for a line, other than the last, that is no JSON object.
     """
     history = []
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         if not line.endswith("\n"):
             break  # a run that is being written, or was killed while it wrote
         try:
-            history.append({key: math.nan if value is None else value for key, value in json.loads(line).items()})
-        except (ValueError, AttributeError):
-            raise ValueError(f"{path}: line {number} is no JSON object; remove it") from None
+            row = {key: math.nan if value is None else value for key, value in json.loads(line).items()}
+        except (ValueError, AttributeError, RecursionError):
+            row = {}
+        if "epoch" in row and all(type(value) in (int, float) for value in row.values()):
+            history.append(row)
+        else:
+            log.warning("%s: line %d does not hold the metrics of an epoch and is left out", path, number)
     return history
 
 
@@ -132,6 +143,8 @@ def write_curves(history: Sequence[Mapping[str, float]], path: Path | str) -> No
         "train/label_loss": "train: labels",
         "train/kd_loss": "train: distillation",
     }
+    if not any(row.get("train/kd_loss") for row in history):  # no teacher: the labels' loss is the whole
+        del losses["train/label_loss"], losses["train/kd_loss"]
     accuracies = {"test/acc": "test", "val/acc": "validation"} | {key: f"test: {key.split('/')[2]}" for key in groups}
     _draw_lines(axes["loss"], history, losses, "loss")
     _draw_lines(axes["lr"], history, {"train/lr": "learning rate"}, "learning rate")
@@ -233,13 +246,13 @@ def write_report(
 
     Raises:
         OSError: if metrics.jsonl cannot be read or the disk is full.
-        ValueError: if no epoch has metrics of the split.
+        DataError: if no epoch has metrics of the split.
     """
     run_dir = Path(run_dir)
     history = read_history(run_dir / "metrics.jsonl")
     scored = [row for row in history if f"{split}/acc" in row]
     if not scored:
-        raise ValueError(f"{run_dir / 'metrics.jsonl'} holds no {split} metrics")
+        raise DataError(f"{run_dir / 'metrics.jsonl'} holds no {split} metrics")
     write_curves(history, run_dir / "curves.png")
     write_confusion_matrix(predictions, targets, names, run_dir / "confusion_matrix.png")
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from helpers import report
 from helpers.report import metric_tables, read_history, spread, write_confusion_matrix, write_curves, write_report
 
 SCENES = ("airport", "bus", "street_pedestrian")
@@ -132,6 +133,21 @@ def test_curves_are_drawn_for_one_epoch_and_for_many(tmp_path, n_epochs):
     assert share_of(image, (0xD5, 0x5E, 0x00)) > 1e-5  # training loss and the first device group
 
 
+@pytest.mark.parametrize(("kd_loss", "drawn"), [(0.0, False), (0.3, True)])
+def test_distillation_is_drawn_where_there_is_a_teacher(tmp_path, monkeypatch, kd_loss, drawn):
+    labels, draw = [], report._draw_lines
+
+    def recording(axes, history, names, *rest, **options):
+        labels.extend(names)
+        draw(axes, history, names, *rest, **options)
+
+    monkeypatch.setattr(report, "_draw_lines", recording)
+    losses = {"train/loss": 1.0 + kd_loss, "train/label_loss": 1.0, "train/kd_loss": kd_loss}
+    write_curves([{"epoch": epoch, **losses} for epoch in range(3)], tmp_path / "curves.png")
+    assert "train/loss" in labels
+    assert ("train/kd_loss" in labels) == ("train/label_loss" in labels) == drawn
+
+
 def test_curves_leave_out_what_is_missing_and_what_is_nan(tmp_path):
     history = [{"epoch": 0, "train/loss": math.nan}, {"epoch": 3, "train/loss": 1.0}, {"epoch": 5, "test/acc": 0.5}]
     write_curves(history, tmp_path / "curves.png")
@@ -193,9 +209,17 @@ def test_history_reads_null_as_nan_and_leaves_out_half_a_line(tmp_path):
     path.write_text('{"epoch": 0, "a": null}\n{"epoch": 1, "a": 0.5}\n{"epoch": 2, "a')
     first, second = read_history(path)
     assert math.isnan(first["a"]) and second == {"epoch": 1, "a": 0.5}
-    path.write_text('{"epoch": 0}\nnonsense\n{"epoch": 2}\n')
-    with pytest.raises(ValueError, match="line 2"):
-        read_history(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["nonsense", "[" * 100_000, "3", "[]", "null", "{}", '{"a": 1}', '{"epoch": 1, "a": "b"}', '{"epoch": [1]}', "\0"],
+)
+def test_a_damaged_line_of_the_history_costs_that_line_alone(tmp_path, caplog, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"epoch": 0}}\n{line}\n{{"epoch": 2}}\n')
+    assert read_history(path) == [{"epoch": 0}, {"epoch": 2}]
+    assert f"{path}: line 2 does not hold the metrics of an epoch" in caplog.text
 
 
 def test_report_shows_the_last_epoch_not_the_best(tmp_path):
