@@ -25,13 +25,13 @@ from models import get_frontend, get_model
 from models.quantized import QuantConfig
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", metavar="PATH", help="network and front end (default: fresh ones)")
     parser.add_argument("--n_threads", type=int, default=1, help="of ONNX Runtime (default 1)")
     parser.add_argument("--n_rounds", type=int, default=500, help="runs of every file (default 500)")
     parser.add_argument("--quantize_input", action="store_true", help="the first convolution in integers too")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
     if args.checkpoint:
         loaded = load_model(args.checkpoint)

@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasets.cache import open_store
 from datasets.tau import read_meta
 from datasets.waveforms import Batch, Clips, batches
-from helpers.augment import build_augment
+from helpers.augment import AugmentConfig, build_augment
 from helpers.augment.freq_mixstyle import mix_style
-from helpers.loop import LoopState, Precision, train_one_epoch
+from helpers.loop import LoopState, Precision, Update, train_one_epoch
 from helpers.losses import kd_loss
 from helpers.memory import keep_freed_memory
 from models import get_frontend, get_model
@@ -130,9 +130,10 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
         rng = np.random.default_rng(1)
         responses = [rng.standard_normal(12000).astype(np.float32) * np.exp(-np.arange(12000) / 500) for _ in range(66)]
         responses = [response.astype(np.float32) for response in responses]
-        augment = build_augment(responses, RATE, DIR_PROB, [0], 4000, 48, 0, 0.9, 0.4, 0.3).to(device)
-        impulse_response, roll = augment["waveform"]
         frontend, model = get_frontend("cp_mel").to(device), get_model("cp_mobile")
+        config = AugmentConfig(dir_prob=DIR_PROB)
+        augment = build_augment(config, responses, [0], RATE, frontend.mask_value).to(device)
+        impulse_response, roll = augment["waveform"]
         model.to(device, memory_format=torch.channels_last)
         plain_frontend, plain_model = PlainMel().to(device), plain_network().to(device)
         target = F.one_hot(torch.arange(n) % 10, 10).float().to(device)
@@ -189,10 +190,11 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
 
         def loop() -> None:
             loader = batches(clips, torch.randperm(len(meta)), n, device)
-            arguments = (optimizer, nothing, Precision("fp32", device), LoopState(), lambda: None, len(meta))
+            update = Update(optimizer, nothing, Precision("fp32", device), n)
             train_one_epoch(
-                model, frontend, augment, lambda y, _: kd_loss(y, target, teacher, 0.02, 2.0), loader, *arguments
-            )
+                model, frontend, augment, lambda y, _: kd_loss(y, target, teacher, 0.02, 2.0), loader, update,
+                LoopState(), lambda: None, len(meta),
+            )  # fmt: skip
 
         def plain_loop() -> None:
             for _ in range(len(meta) // n):

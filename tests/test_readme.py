@@ -1,0 +1,144 @@
+"""The README as its readers use it: every command is run in its order, on a small data set, and the Python is executed.
+
+Small options are added at the end of a command, where they count; what would be downloaded is stood in for.
+"""
+
+import importlib
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.run import get_args_parser
+
+import run_dataset
+from helpers import teachers
+from models import get_model
+from models.teachers import TEACHERS
+from tests.golden_inputs import fill_state
+from tests.test_beats_checkpoint import checkpoint_of
+from tests.test_benchmarks import SMALLEST
+from tests.test_run_teacher_training import DATA, SMALL, SMALL_BEATS, make_project, work_in
+
+ROOT = Path(__file__).parents[1]
+# Run by whoever runs the tests, or by a test of their own.
+ELSEWHERE = {"python3 -m venv", ".venv/bin/python -m pip", ".venv/bin/ruff check", "make test", "make pipeline"}
+RUN = {
+    "run_training": "student",
+    "run_qat": "student",
+}  # what <id> stands for; for the teachers' scripts: resnet, passt
+STUDENT = [*SMALL["cp_resnet"][len(DATA) + 2 : -2], "--dataset", "tau22"]
+SMALLER = {
+    "run_training": [*DATA, *STUDENT],
+    "run_qat": [*DATA[:-8], "--dir_prob", "0", "--batch_size", "8", "--n_epochs", "1", "--freeze_params_epochs", "1",
+                "--calibration_clips", "8", "--freqm", "8"],
+    "run_export": ["--latency_rounds", "0", "--n_clips", "8", "--clips", "tau/audio"],
+    "run_teacher_logits": ["--dataset", "tau22", "--dataset_dir", "tau", "--cache_path", "cache", "--batch_size", "8"],
+    "run_teacher_validation": ["--logger", "none", "--dataset_dir", "tau", "--cache_path", "cache"],
+}  # fmt: skip
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
+def commands() -> list[list[str]]:
+    """The words of every command, with shell variables put in."""
+    found, variables = [], {}
+    for line in "".join(blocks("")).splitlines():
+        if named := re.fullmatch(r'([A-Z]+)="(.*)"', line):
+            variables[named[1]] = named[2]
+        elif line.split(" ")[0] in ("python", "python3", ".venv/bin/python", ".venv/bin/ruff", "torchrun", "make"):
+            for name, value in variables.items():
+                line = line.replace(f"${name}", value)
+            found.append(shlex.split(line, comments=True))
+    return found
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    return make_project(tmp_path_factory.mktemp("readme"))
+
+
+@pytest.fixture
+def here(project, tmp_path, monkeypatch) -> Path:
+    """The working folder of `work_in`, with stand-ins for what a reader has or downloads."""
+    folder = work_in(tmp_path, project, monkeypatch)
+    monkeypatch.setenv("TAU22_DIR", "tau")
+    shutil.copy("DCASE23_Task1/passt/checkpoints/last.pt", "weights.pt")
+    torch.save(checkpoint_of(fill_state(get_model("beats", **SMALL_BEATS))), "BEATs_iter3_plus_AS2M.pt")
+    Path("DCASE23_Task1/c0a7nzin/checkpoints").mkdir(parents=True)
+    state = {f"model.{name}": value for name, value in fill_state(get_model("cp_mobile")).state_dict().items()}
+    torch.save({"state_dict": state, "pytorch-lightning_version": "1.9.4"},
+               "DCASE23_Task1/c0a7nzin/checkpoints/epoch=149-step=81900.ckpt")  # fmt: skip
+    for seed, name in enumerate(TEACHERS):  # all small: what counts here is the command
+        torch.manual_seed(seed)
+        torch.save(get_model("cp_resnet").state_dict(), f"{name}.pt")
+    monkeypatch.setattr(teachers, "teacher_file", lambda name: folder / f"{name}.pt")
+    return folder
+
+
+def run(script: str, options: list[str]) -> None:
+    """Runs one command in this process, made small."""
+    ids = iter([RUN[script]] if script in RUN else ["resnet", "passt"])
+    options = [re.sub("<id>", lambda _: next(ids), word) for word in options]
+    options = [word.replace("DCASE23_Task1/resnet", "DCASE23_Task1/student") for word in options]
+    options = [word.replace("passt_", "cpr_128k_") if word in TEACHERS else word for word in options]
+    if script == "run_dataset":
+        if options[0] == "download":  # test_zenodo.py downloads from a server
+            run_dataset.make_parser().parse_args(options)
+            return
+        assert run_dataset.main([*options, *(["--cache_path", "cache"] if options[0] == "cache" else [])]) in (
+            None,
+            0,
+            1,
+        )
+        return
+    smaller = SMALLER.get(script, [])
+    if script == "run_teacher_training":
+        teacher = options[options.index("--teacher") + 1]
+        smaller = [*(DATA if "--pretrained" in options else SMALL[teacher]), "--dataset", "tau22"]
+    if "--resume" in options:
+        smaller = ["--n_epochs", "2"]
+    result = importlib.import_module(script).main([*options, *smaller])
+    assert not isinstance(result, int) or result == 0
+
+
+def test_every_command_runs(here):
+    n_run = 0
+    for words in commands():
+        if " ".join(words[:3]).startswith(tuple(ELSEWHERE)):
+            continue
+        if words[0] == "make":
+            listed = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
+            (words,) = (shlex.split(line) for line in listed.stdout.splitlines() if " run_" in line)
+        if words[0] == "torchrun":  # test_distributed.py starts several processes
+            started = get_args_parser().parse_args(words[1:])
+            words = ["python", started.training_script, *started.training_script_args]
+        path = Path(words[1])
+        assert (ROOT / path).is_file(), words
+        if path.parent.name == "benchmarks":
+            n_threads = torch.get_num_threads()
+            runpy.run_path(str(ROOT / path))["main"]([*words[2:], *SMALLEST[path.stem]])
+            torch.set_num_threads(n_threads)
+        else:
+            run(path.stem, words[2:])
+        n_run += 1
+    assert n_run >= 25
+
+
+def test_its_python_does_what_it_says(here, monkeypatch):
+    with_file, with_model = blocks("python")
+    checkpoint = "DCASE23_Task1/student/checkpoints/last.pt"
+    importlib.import_module("run_export").main(
+        ["--checkpoint", checkpoint, "--out_dir", ".", *SMALLER["run_export"], "--precision", "fp32"]
+    )
+    # The small data set has a rate of 8 kHz, and its student is not quantized.
+    exec(with_file.replace("32000", "8000").replace("int8", "fp32"), {})
+    names: dict = {}
+    exec(with_model.replace("<id>", "student"), names)
+    assert names["logits"].shape == (1, 10)
