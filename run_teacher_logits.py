@@ -8,7 +8,7 @@
 A teacher is a published name, the id of a run, a checkpoint, or a file of logits: one of this script, the published
 ensemble_logits.pt, predictions_<subset>.pt of easy_dcase_task1, or the table of a challenge entry (filename,
 scene_label, a column for each scene). Audio is streamed; what the networks answered lies in <output>.parts until the
-end, so the same command goes on where a stopped or killed one was.
+end, so the same command goes on where a stopped or killed one was. Under torchrun the processes share out the clips.
 """
 
 import helpers.start  # noqa: F401, I001 (before torch)
@@ -21,6 +21,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datasets.cache import WaveformStore, open_store
-from datasets.files import ContentError
+from datasets.files import ContentError, locked
 from datasets.synthetic import SYNTHETIC_NOTICE
 from datasets.tau import DataError, Meta, read_meta, read_split, test_rows, train_rows
 from datasets.teacher_logits import is_logits, read_logits, read_logits_file
@@ -39,7 +40,8 @@ from datasets.waveforms import Clips, batches
 from helpers import cli
 from helpers.checkpoint import CheckpointError, save_checkpoint
 from helpers.data import DataConfig, dataset_root, place_on_device
-from helpers.download import file_hash, lock_file
+from helpers.distributed import Processes, join_processes
+from helpers.download import file_hash
 from helpers.loop import Precision
 from helpers.memory import keep_freed_memory
 from helpers.options import add_compute_options, add_data_options
@@ -124,25 +126,33 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if config.val_fraction:
         parser.error("--val_fraction means nothing here: every training clip gets logits")
 
-    meta = read_meta(dataset_root(config))
-    rows = part_rows(meta, args.part, config.subset)
-    output = Path(args.output) if args.output else default_output(meta, args.part, config.subset)
-    if output.exists() and not (args.overwrite and output.is_file()):
-        raise DataError(f"{output} exists: give another --output, or --overwrite to replace that file")
-    sources = find_sources(args.teachers, weights, args.project_name)
-    stores = check_sources(sources, meta, rows, args, device)
+    processes = join_processes(device)
+    with processes.main_first():
+        meta = read_meta(dataset_root(config))
+        rows = part_rows(meta, args.part, config.subset)
+        output = Path(args.output) if args.output else default_output(meta, args.part, config.subset)
+        if processes.is_main and output.exists() and not (args.overwrite and output.is_file()):
+            raise DataError(f"{output} exists: give another --output, or --overwrite to replace that file")
+        sources = find_sources(args.teachers, weights, args.project_name)
+        stores = check_sources(sources, meta, rows, args, device)
 
     parts = output.with_name(f"{output.name}.parts")
-    parts.mkdir(parents=True, exist_ok=True)
-    with lock_file(parts / "lock"):
-        identities = {source.name: identity(source, meta, rows, stores, args, device) for source in networks(sources)}
-        PartFile.remove_others(parts, identities.values())
+    with locked(parts / "lock", str(parts)) if processes.is_main else nullcontext():
+        if processes.is_main:
+            identities = {
+                source.name: identity(source, meta, rows, stores, args, device) for source in networks(sources)
+            }
+            PartFile.remove_others(parts, identities.values())
         for source in networks(sources):
             clips = Clips(meta, rows, stores[source.sample_rate])
             place_on_device(clips, args.data_on_device, device)
-            part = PartFile(parts, identities[source.name], (len(rows), len(meta.scenes)), args.batch_size)
-            answer(source, clips, part, args, device)
-            source.logits = part.logits
+            part = None
+            if processes.is_main:
+                part = PartFile(parts, identities[source.name], (len(rows), len(meta.scenes)), args.batch_size)
+                source.logits = part.logits
+            answer(source, clips, part, args, device, processes)
+        if not processes.is_main:
+            return {}
         logits, metrics = combine(sources, meta, rows, args.average)
         content = {"files": meta.files[rows].tolist(), "logits": logits, "scenes": list(meta.scenes)}
         provenance = describe(sources, meta, args, len(rows))
@@ -272,39 +282,52 @@ def identity(
 
 
 @torch.inference_mode()
-def answer(source: Source, clips: Clips, part: PartFile, args: argparse.Namespace, device: torch.device) -> None:
+def answer(
+    source: Source, clips: Clips, part: PartFile | None, args: argparse.Namespace, device: torch.device,
+    processes: Processes,
+) -> None:  # fmt: skip
     """Lets a network answer for the clips that its part file does not have yet.
+
+    Several processes take whole batches in turn, so their number decides neither the bits nor what can be gone on with.
+
+    Args:
+        part: of process 0; None in the others.
 
     Raises:
         CheckpointError: for logits that are not finite, with the first clip.
     """
-    n_batches = -(-len(clips) // args.batch_size)
-    if part.n_done:
-        log.info("%s: %d of %d batches are there already", source.name, part.n_done, n_batches)
-    if part.n_done == n_batches:
+    order = torch.arange(len(clips)).split(args.batch_size)
+    n_done, n_batches = processes.gather(part.n_done if part is not None else 0)[0], len(order)
+    if n_done:
+        log.info("%s: %d of %d batches are there already", source.name, n_done, n_batches)
+    if n_done == n_batches:
         return
     model, frontend = scorer(source.teacher, source.teacher.load(), clips.store.n_samples, device, args.channels_last)
     precision = Precision(args.precision, device)
-    loader = batches(
-        clips, torch.arange(len(clips)), args.batch_size, device, start=part.n_done, n_ahead=args.num_workers
-    )
-    with tqdm(total=n_batches, initial=part.n_done, desc=source.name, unit="batch", disable=None) as bar:
-        for batch in loader:
-            copies = []
-            for shift in source.shifts:
-                log_mel = frontend(batch.waveform.roll(shift, dims=1) if shift else batch.waveform)
-                with precision.autocast():
-                    copies.append(model(log_mel).float())  # (batch, class)
-            logits = (copies[0] if len(copies) == 1 else mean_logits(copies, average=args.average)).cpu()
-            bad = torch.nonzero(~logits.isfinite().all(dim=1)).flatten().tolist()
-            if bad:
-                first = clips.files[part.n_done * args.batch_size + bad[0]]
-                raise CheckpointError(
-                    f"{source.path} gives logits that are not finite for {len(bad)} of {len(logits)} clips, first "
-                    f"{first}: use --precision fp32, or another teacher"
-                )
-            part.write(logits)
-            bar.update()
+    own = order[n_done + processes.rank :: processes.size]
+    loader = batches(clips, torch.cat(own), args.batch_size, device, n_ahead=args.num_workers) if own else iter(())
+    hidden = None if processes.is_main else True
+    with tqdm(total=n_batches, initial=n_done, desc=source.name, unit="batch", disable=hidden) as bar:
+        for first in range(n_done, n_batches, processes.size):
+            batch, logits = next(loader, None), None
+            if batch is not None:
+                copies = []
+                for shift in source.shifts:
+                    log_mel = frontend(batch.waveform.roll(shift, dims=1) if shift else batch.waveform)
+                    with precision.autocast():
+                        copies.append(model(log_mel).float())  # (batch, class)
+                logits = (copies[0] if len(copies) == 1 else mean_logits(copies, average=args.average)).cpu()
+            for number, answered in enumerate(processes.gather(logits)[: n_batches - first], start=first):
+                bad = torch.nonzero(~answered.isfinite().all(dim=1)).flatten().tolist()
+                if bad:
+                    raise CheckpointError(
+                        f"{source.path} gives logits that are not finite for {len(bad)} of {len(answered)} clips, "
+                        f"first {clips.files[number * args.batch_size + bad[0]]}: use --precision fp32, or another "
+                        "teacher"
+                    )
+                if part is not None:
+                    part.write(answered)
+                bar.update()
 
 
 def combine(sources: Sequence[Source], meta: Meta, rows: np.ndarray, average: str) -> tuple[Tensor, dict[str, float]]:

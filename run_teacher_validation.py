@@ -6,7 +6,7 @@
 
 Published teachers: passt_dirfms_1..3, passt_fms_1..3 (PaSST), cpr_128k_dirfms_1..3, cpr_128k_fms_1..3 (CP-ResNet).
 Files may also hold BEATs, in its authors' form or as a checkpoint of easy_dcase_task1. Front end, sampling rate and
-network follow from the teacher.
+network follow from the teacher. Under torchrun the processes share out the clips.
 """
 
 import helpers.start  # noqa: F401, I001 (before torch)
@@ -21,12 +21,14 @@ from datasets.synthetic import SYNTHETIC_NOTICE
 from datasets.tau import read_meta
 from helpers import cli
 from helpers.data import Data, DataConfig, dataset_root, load_data, place_on_device
-from helpers.logger import LOGGERS, RunLogger
+from helpers.distributed import join_processes
+from helpers.logger import LOGGERS
 from helpers.loop import predict
 from helpers.memory import keep_freed_memory
 from helpers.metrics import score
 from helpers.options import add_compute_options, add_data_options
 from helpers.report import metric_tables
+from helpers.runs import open_run
 from helpers.teachers import TeacherSource, check_scenes, find_teachers, mean_logits, scorer
 
 log = logging.getLogger(__name__)
@@ -60,25 +62,30 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         keep_freed_memory()
     with cli.option_errors(parser):
         config = cli.config_from(args, DataConfig)
+    processes = join_processes(device)
     names = args.model_name if not args.checkpoint or "model_name" in cli.given_options(parser, argv) else []
-    sources = find_teachers([*names, *args.checkpoint], args.project_name)
-    rates = check_all(sources, config)
     data: dict[int, Data] = {}
-    for rate in sorted(set(rates)):
-        data[rate] = load_data(config, rate, seed=0)
-        place_on_device(data[rate].test, args.data_on_device, device)
+    with processes.main_first():
+        sources = find_teachers([*names, *args.checkpoint], args.project_name)
+        rates = check_all(sources, config)
+        for rate in sorted(set(rates)):
+            data[rate] = load_data(config, rate, seed=0)
+    processes.check_share(len(data[rates[0]].test), "test clips")
+    for part in data.values():
+        place_on_device(part.test, args.data_on_device, device)
     for source, rate in zip(sources, rates, strict=True):  # not kept: twelve would take gigabytes
         scorer(source, source.load(), data[rate].store.n_samples, device, args.channels_last)
 
     metrics: dict[str, float] = {}
     answers: dict[str, Tensor] = {}
-    with RunLogger(args.project_name, None, vars(args), args.logger, args.experiment_name) as logger:
+    with open_run(processes, args.project_name, None, vars(args), args.logger, args.experiment_name) as logger:
         for source, rate in zip(sources, rates, strict=True):
             part = data[rate]
             log.info("scoring %s (%s) on %d test clips at %d Hz", source.name, source.path, len(part.test), rate)
             model, frontend = scorer(source, source.load(), part.store.n_samples, device, args.channels_last)
-            logits = predict(model, frontend, part.test, args.batch_size, device, args.num_workers)
-            answers[source.name] = logits
+            answers[source.name] = predict(
+                model, frontend, part.test, args.batch_size, device, args.num_workers, processes
+            )
         if len(sources) > 1:
             answers["ensemble"] = mean_logits(list(answers.values()))
         part = data[rates[0]]
@@ -86,12 +93,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             metrics |= {f"{name}/test/{key}": value for key, value in score(part.test, logits, part.groups).items()}
         logger.write(0, metrics)
 
-    for name in answers:
-        print(f"{metric_tables(metrics, f'{name}/test')}\n")
-    print(summary(metrics, list(answers)))
-    if args.dataset == "synthetic":
-        print(SYNTHETIC_NOTICE)
-    print(f"metrics are in {logger.dir}")
+    if processes.is_main:
+        for name in answers:
+            print(f"{metric_tables(metrics, f'{name}/test')}\n")
+        print(summary(metrics, list(answers)))
+        if args.dataset == "synthetic":
+            print(SYNTHETIC_NOTICE)
+        print(f"metrics are in {logger.dir}")
     return metrics
 
 

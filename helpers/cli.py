@@ -267,7 +267,9 @@ class UnreadStream:
 
 def run(main: Callable[[list[str] | None], Any]) -> None:
     """Runs a script's main. What the user can mend ends in one line and exit status 2, not in a traceback."""
-    sys.stdout, sys.stderr = UnreadStream(sys.stdout), UnreadStream(sys.stderr)
+    # Of several processes, one prints.
+    sys.stdout = open(os.devnull, "w", encoding="utf-8") if _is_other() else UnreadStream(sys.stdout)
+    sys.stderr = UnreadStream(sys.stderr)
     logging.basicConfig(level=logging.WARNING if _is_other() else logging.INFO, format="%(message)s")
     try:
         result = main(None)

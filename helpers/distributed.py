@@ -1,4 +1,4 @@
-"""Several processes that train one network together, as torchrun starts them; one process alone is a group of one.
+"""Several processes that train or score together, as torchrun starts them; one process alone is a group of one.
 
   torchrun --nproc_per_node=2 run_training.py ...     gloo on CPUs, NCCL between GPUs
 
@@ -125,8 +125,15 @@ class Processes:
             DataError: when a process would have nothing to do.
         """
         for n, what in ((n_train, "training clips"), (n_test, "test clips"), (batch_size, "clips of a batch")):
-            if n < self.size:
-                raise DataError(f"{self.size} processes cannot share {n} {what}: lower torchrun's --nproc_per_node")
+            self.check_share(n, what)
+
+    def check_share(self, n: int, what: str) -> None:
+        """
+        Raises:
+            DataError: when there are fewer of them than processes.
+        """
+        if n < self.size:
+            raise DataError(f"{self.size} processes cannot share {n} {what}: lower torchrun's --nproc_per_node")
 
 
 ALONE = Processes()

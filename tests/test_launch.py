@@ -1,6 +1,7 @@
 """What processes that torchrun starts, and starts again, agree on; without starting any."""
 
 import logging
+import sys
 import threading
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 import run_training
-from helpers import distributed, runs
+from helpers import cli, distributed, runs
 from helpers.checkpoint import CheckpointError
 from helpers.distributed import Heartbeat, Launch, LaunchError, keep, launched_as, local_rank, main_decides, recall
 from tests.test_run_training import lines, options, outcome, responses, run_of, weights, without_times
@@ -187,3 +188,14 @@ def test_half_an_environment_of_torchrun_is_one_line(options, changes, message, 
     if "LOCAL_RANK" not in changes:
         status, errors = outcome(options, monkeypatch, capsys)
         assert status == 2 and message in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_of_several_processes_one_prints(rank, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    for argument in ("--dry_run", "--help"):
+        monkeypatch.setattr(sys, "argv", ["run_training.py", argument])
+        with pytest.raises(SystemExit) as ended:
+            cli.run(run_training.main)
+        printed = capsys.readouterr().out
+        assert ended.value.code == 0 and bool(printed) == (rank == "0")

@@ -22,6 +22,7 @@ from helpers.download import file_hash
 from helpers.teachers import PartFile
 from models import FRONTENDS, MODELS, get_frontend, get_model
 from tests.golden_inputs import fill_state
+from tests.processes import together
 from tests.test_published import SMALL_BEATS
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +122,39 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(here, monkeypatch):
     assert sum(written) == 2 * len(train_rows(read_meta("tau")))  # each clip once for each teacher
     assert Path("l.pt").read_bytes() == Path("whole.pt").read_bytes()
     assert not Path("l.pt.parts").exists()
+
+
+def test_several_processes_share_the_clips_and_write_the_bytes_of_one(here, monkeypatch, capsys):
+    options = [*DATA, "--teachers", "beats.pt", "resnet"]  # 27 clips: batches of 8, 8, 8 and 3
+    run_teacher_logits.main([*options, "--output", "whole.pt"])
+    capsys.readouterr()
+    written, write = [], PartFile.write
+
+    def stop_at_the_sixth(part: PartFile, logits: torch.Tensor) -> None:
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        written.append(len(logits))
+        write(part, logits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartFile, "write", stop_at_the_sixth)
+        first, *_ = together(2, run_teacher_logits, [*options, "--output", "l.pt"], monkeypatch)
+        assert isinstance(first, KeyboardInterrupt)
+    # Another number of processes goes on, and has fewer batches than processes at the end.
+    monkeypatch.setattr(PartFile, "write", lambda part, logits: written.append(len(logits)) or write(part, logits))
+    metrics = together(3, run_teacher_logits, [*options, "--output", "l.pt"], monkeypatch)
+    assert list(metrics[0]) == ["beats", "resnet", "ensemble"] and metrics[1:] == [{}, {}]
+    assert written == [8, 8, 8, 3, 8, 8, 8, 3]  # each clip once for each teacher
+    assert Path("l.pt").read_bytes() == Path("whole.pt").read_bytes()
+    assert not Path("l.pt.parts").exists()
+    assert capsys.readouterr().out.count("logits are in l.pt") == 1
+
+
+def test_logits_that_are_not_finite_end_all_processes_with_one_line(here, monkeypatch):
+    poison("beats.pt", lambda content: content["model"]["state"]["classifier.linear.weight"].fill_(3e38))
+    answers = together(2, run_teacher_logits, [*DATA, "--teachers", "beats.pt", "--output", "o.pt"], monkeypatch)
+    (message,) = {str(answer) for answer in answers} - {""}  # empty in a thread that the other has ended
+    assert "not finite for 8 of 8 clips, first audio/bus-paris-0-0-0-a.wav" in message
 
 
 @pytest.mark.parametrize("change", ["n_shifts", "average", "teacher", "clips", "batch_size"])

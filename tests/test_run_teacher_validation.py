@@ -13,6 +13,7 @@ from helpers import teachers
 from helpers.checkpoint import CheckpointError, describe, save_checkpoint
 from models import FRONTENDS, MODELS, get_frontend, get_model
 from tests.golden_inputs import fill_state
+from tests.processes import together
 from tests.test_published import SMALL_BEATS
 from tests.test_run_teacher_logits import MEL, expected, read_meta
 
@@ -111,3 +112,22 @@ def test_what_cannot_be_scored_is_told_before_any_scoring(here, monkeypatch, opt
     with pytest.raises(CheckpointError, match=message):
         run_teacher_validation.main([*OPTIONS, *options])
     assert [path.name for path in Path("proj").iterdir()] == ["resnet"]
+
+
+def test_several_processes_share_the_clips_and_write_one_run(here, monkeypatch, capsys):
+    arguments = [*OPTIONS, "--checkpoint", "resnet", "beats.pt"]
+    alone = run_teacher_validation.main(arguments)
+    capsys.readouterr()
+    scored, predict = [], run_teacher_validation.predict
+
+    def counting(model, frontend, clips, *rest):
+        processes = rest[-1]
+        scored.append(processes.count(len(clips)))
+        return predict(model, frontend, clips, *rest)
+
+    monkeypatch.setattr(run_teacher_validation, "predict", counting)
+    for metrics in together(2, run_teacher_validation, [*arguments, "--project_name", "proj"], monkeypatch):
+        assert metrics == pytest.approx(alone, abs=1e-5)
+    assert sorted(scored) == [22, 22, 23, 23]  # two teachers
+    assert len([path for path in Path("proj").iterdir() if path.name != "resnet"]) == 2  # one alone, one together
+    assert capsys.readouterr().out.count("metrics are in") == 1
