@@ -7,6 +7,7 @@ python run_dataset.py cache --dataset_dir data/TAU...  builds the waveform store
 
 import helpers.start  # noqa: F401, I001 (before torch)
 
+import shlex
 from pathlib import Path
 
 from datasets.cache import open_store
@@ -47,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         folder = download_record(
             args.record, Path(args.dataset_dir), api=args.zenodo_api, keep_archives=args.keep_archives, report=print
         )
-        print(f"the data set is in {folder}; next: python run_dataset.py check --dataset_dir {folder}")
+        command = shlex.join(["python", "run_dataset.py", "check", "--dataset_dir", str(folder)])
+        print(f"the data set is in {folder}; next: {command}")
         return 0
     root = dataset_root(DataConfig(dataset=args.dataset, dataset_dir=args.dataset_dir))
     if args.command == "cache":

@@ -15,6 +15,7 @@ import helpers.start  # noqa: F401, I001 (before torch)
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -139,9 +140,10 @@ def chosen_precisions(args: argparse.Namespace, loaded: LoadedModel, path: Path)
     available = PRECISIONS[loaded.precision]
     missing = [name for name in args.precision or () if name not in available]
     if missing:
+        remedy = f"; quantize it first: {shlex.join(['python', 'run_qat.py', '--checkpoint', str(path)])}"
         raise CheckpointError(
             f"{path} is {loaded.precision}, which gives {' and '.join(available)} files, not {', '.join(missing)}"
-            + (f"; quantize it first: python run_qat.py --checkpoint {path}" if "int8" in missing else "")
+            + (remedy if "int8" in missing else "")
         )
     return [name for name in available if name in (args.precision or available)]
 

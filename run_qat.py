@@ -17,6 +17,7 @@ import helpers.start  # noqa: F401, I001 (before torch)
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -240,7 +241,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 logger.dir / f"network_{args.precision}.onnx",
             )  # fmt: skip
             print(f"\n{summary(metrics, args.precision)}\n{file}: {file.stat().st_size:,} bytes")
-            last = logger.checkpoint_dir / "last.pt"
+            last = shlex.quote(str(logger.checkpoint_dir / "last.pt"))
             print(f"further files and a parity report: python run_export.py --checkpoint {last}")
     return metrics
 

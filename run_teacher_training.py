@@ -17,6 +17,7 @@ import helpers.start  # noqa: F401, I001 (before torch)
 import argparse
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -282,10 +283,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             note = SYNTHETIC_NOTICE if args.dataset == "synthetic" else ""
             print(final_report(logger.dir, metrics, logits, data.test, note))
             print(f"\nlast epoch: test accuracy {metrics['test/acc']:.2%}; report and checkpoints are in {logger.dir}")
-            print(
-                f"logits to distil from: python run_teacher_logits.py --project_name {args.project_name} "
-                f"--teachers {logger.id}"
-            )
+            words = ["--project_name", args.project_name, "--teachers", logger.id]
+            print(f"logits to distil from: {shlex.join(['python', 'run_teacher_logits.py', *words])}")
     return metrics
 
 

@@ -19,7 +19,7 @@ from datasets.waveforms import Clips
 from helpers import cli
 from helpers.checkpoint import CheckpointError
 from helpers.data import changed_data
-from helpers.distributed import Processes, keep, main_decides, recall
+from helpers.distributed import Processes, keep, launched_as, main_decides, recall
 from helpers.logger import RunLogger, has_results, new_id
 from helpers.loop import LoopState, StoppedError, StopSignal, Update
 from helpers.options import FREE_ON_RESUME
@@ -74,7 +74,8 @@ def parse_options(
         except ContentError as error:
             raise CheckpointError(f"{path} is damaged ({error}): start the run again") from error
         if script != parser.prog:
-            raise CheckpointError(f"run {args.resume} is one of {script}: python {script} --resume {args.resume}")
+            command = resume_command(script, args.project_name, args.resume)
+            raise CheckpointError(f"run {args.resume} is one of {script}: {command}")
         changed = {name for name in given - FREE_ON_RESUME - set(changeable) if getattr(args, name) != saved.get(name)}
         if changed:
             parser.error(f"{', '.join(f'--{name}' for name in sorted(changed))} cannot change when a run is resumed")
@@ -93,11 +94,14 @@ def _begun(project: str) -> str:
 
 def resume_command(script: str, project: str, run: str) -> str:
     """What the user types to go on with a run, with as many processes as now."""
-    command = ["python", script]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        n_machines, n_local = os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
-        several = ["--standalone"] if n_machines == "1" else [f"--nnodes={n_machines}", "--rdzv_endpoint=HOST:PORT"]
-        command = ["torchrun", *several, f"--nproc_per_node={n_local}", script]
+    command, launched = ["python", script], launched_as()
+    if launched is not None and (launched[1] > 1 or "TORCHELASTIC_RUN_ID" in os.environ):
+        machines, n_local = ["--standalone"], os.environ.get("LOCAL_WORLD_SIZE", launched[1])
+        if (n_machines := os.environ.get("GROUP_WORLD_SIZE", "1")) != "1":
+            machines = [f"--nnodes={n_machines}", "--rdzv_backend=c10d", "--rdzv_endpoint=HOST:PORT"]
+        n_restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+        restarts = [] if n_restarts == "0" else [f"--max_restarts={n_restarts}"]
+        command = ["torchrun", *machines, f"--nproc_per_node={n_local}", *restarts, script]
     return shlex.join([*command, "--project_name", project, "--resume", run])
 
 

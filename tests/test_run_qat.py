@@ -203,7 +203,7 @@ def test_published_run_is_found_and_later_epochs_win(shared, tmp_path):
         (run_qat, ["--checkpoint", "tau/meta.csv"], "is a text file"),
         (run_qat, ["--checkpoint", "missing.pt"], "missing.pt is missing"),
         (run_qat, ["--wandb_id", "small", "--freeze_params_epochs", "9"], "is more than --n_epochs"),
-        (run_qat, ["--resume", "small"], "run_training.py --resume small"),
+        (run_qat, ["--resume", "small"], "run_training.py --project_name DCASE23_Task1 --resume small"),
         (run_export, ["--wandb_id", "small", "--precision", "int8"], "quantize it first: python run_qat.py"),
         (run_export, ["--wandb_id", "small", "--sample_rate", "16000"], "works at 8000 Hz"),
         (run_export, ["--wandb_id", "small", "--clip_seconds", "0.01"], "too short for the front end"),

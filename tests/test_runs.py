@@ -168,16 +168,23 @@ def test_weights_that_diverge_in_the_last_step_are_not_saved(options, monkeypatc
 
 
 def test_commands_to_go_on_are_quoted_and_start_as_many_processes(monkeypatch):
-    for name in ("TORCHELASTIC_RUN_ID", "GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+    for name in ("RANK", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert resume_command("run_qat.py", "my runs", "a1") == "python run_qat.py --project_name 'my runs' --resume a1"
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    # Started by another launcher, which does not say how many there are on a machine.
+    assert resume_command("run_qat.py", "p", "a").startswith("torchrun --standalone --nproc_per_node=4 run_qat.py")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert resume_command("run_qat.py", "p", "a1") == (
         "torchrun --standalone --nproc_per_node=2 run_qat.py --project_name p --resume a1"
     )
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "3")
-    assert "--nnodes=3 --rdzv_endpoint=HOST:PORT --nproc_per_node=2" in resume_command("run_qat.py", "p", "a1")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert resume_command("run_qat.py", "p", "a1").startswith(
+        "torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT --nproc_per_node=2 --max_restarts=3 run_qat"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "[" * 10_000, "3", '{"script": 3}', '{"given": 7}', '{"given": [1]}', "\x00"])
