@@ -22,7 +22,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from helpers.loop import Precision
 from helpers.memory import keep_freed_memory
 from helpers.options import add_compute_options, add_data_options
 from helpers.resources import RESOURCES, subset_file
+from helpers.stated import add_stated_options, believe_of_teachers
 from helpers.teachers import (
     AVERAGES,
     PartFile,
@@ -80,8 +81,16 @@ class Source:
     provenance: Any = None  # of a file of logits: what it says of itself
     logits: np.ndarray | None = None
 
+    @property
+    def stated_frontend(self) -> dict[str, Any] | None:
+        """Config of a front end that the file does not record."""
+        stated = None if self.teacher is None else self.teacher.frontend
+        return None if stated is None else asdict(stated.config)
+
     def describe(self) -> dict[str, Any]:
         kept = {"name": self.name, "path": str(self.path), "sha256": self.sha256, "architecture": self.architecture}
+        if self.stated_frontend is not None:
+            kept["frontend"] = self.stated_frontend
         return kept | {"weight": self.weight, "shifts": self.shifts, "provenance": self.provenance}
 
 
@@ -94,7 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
                           help="one for each teacher, in any scale (default: all the same)")  # fmt: skip
     teachers.add_argument("--average", choices=AVERAGES, default="logits",
                           help="mean of the logits, or of their log-softmax")  # fmt: skip
-    teachers.add_argument("--n_shifts", type=cli.number(int, 1), default=1,
+    teachers.add_argument("--n_shifts", type=cli.number(int, 1, 1000), default=1,
                           help="circularly shifted copies of each clip that a network's answer is averaged over; "
                                "1 is off; does not change files of logits")  # fmt: skip
     teachers.add_argument("--max_shift", type=cli.number(int, 0), default=4000,
@@ -108,6 +117,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_data_options(parser)
     compute = add_compute_options(parser)
     compute.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the networks")
+    add_stated_options(parser, with_network=False)
     parser.set_defaults(data_on_device="no")  # a clip is read once
     return parser
 
@@ -134,6 +144,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if processes.is_main and output.exists() and not (args.overwrite and output.is_file()):
             raise DataError(f"{output} exists: give another --output, or --overwrite to replace that file")
         sources = find_sources(args.teachers, weights, args.project_name)
+        teachers = believe_of_teachers(parser, args, [source.teacher for source in networks(sources)])
+        for source, teacher in zip(networks(sources), teachers, strict=True):
+            source.teacher = teacher
         stores = check_sources(sources, meta, rows, args, device)
 
     parts = output.with_name(f"{output.name}.parts")
@@ -277,6 +290,7 @@ def identity(
         "store": file_hash(stores[source.sample_rate].folder / "manifest.json", "sha256"),
         "options": [source.shifts, args.average, args.batch_size, args.precision, args.channels_last],
         "program": [FORMAT, torch.__version__, str(device), source.name if source.teacher.published else ""],
+        "frontend": source.stated_frontend,
     }
     return hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:24]
 

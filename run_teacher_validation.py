@@ -29,6 +29,7 @@ from helpers.metrics import score
 from helpers.options import add_compute_options, add_data_options
 from helpers.report import metric_tables
 from helpers.runs import open_run
+from helpers.stated import add_stated_options, believe_of_teachers
 from helpers.teachers import TeacherSource, check_scenes, find_teachers, mean_logits, scorer
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--batch_size", type=cli.number(int, 1), default=32)
     add_data_options(parser)
     add_compute_options(parser)
+    add_stated_options(parser, with_network=False)
     parser.set_defaults(data_on_device="no")  # a clip is read once
     return parser
 
@@ -67,6 +69,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     data: dict[int, Data] = {}
     with processes.main_first():
         sources = find_teachers([*names, *args.checkpoint], args.project_name)
+        sources = believe_of_teachers(parser, args, sources)
         rates = check_all(sources, config)
         for rate in sorted(set(rates)):
             data[rate] = load_data(config, rate, seed=0)

@@ -77,6 +77,8 @@ class Parser(argparse.ArgumentParser):
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         if action.option_strings and "" in arg_strings:  # an unset shell variable: never taken for "no such option"
             raise argparse.ArgumentError(action, "is empty: name something, or leave the option away")
+        if any("\0" in text for text in arg_strings):  # no file can be called so
+            raise argparse.ArgumentError(action, f"holds a NUL character: {arg_strings}")
         return super()._get_values(action, arg_strings)
 
     def error(self, message: str) -> NoReturn:

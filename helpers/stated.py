@@ -1,12 +1,15 @@
 """What a command line says of the network and front end of a checkpoint: believed where the file does not say it."""
 
 import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from helpers import cli
 from helpers.checkpoint import LoadedModel
 from helpers.options import FRONTEND_OPTIONS
+from helpers.teachers import TeacherSource
 from models import FRONTENDS, MODELS
 from models.beats import differences
 
@@ -45,9 +48,43 @@ def believe(parser: argparse.ArgumentParser, args: argparse.Namespace, loaded: L
             if n_mels is not None and given.get("n_mels", n_mels) != n_mels:
                 parser.error(f"--n_mels {given['n_mels']}, but the network in {path} takes {n_mels}")
             with cli.option_errors(parser):
-                frontend = type(part)(replace(part.config, **given)).eval()
+                frontend = type(part)(_changed(part.config, given)).eval()
             loaded = replace(loaded, frontend=frontend)
     return loaded
+
+
+def believe_of_teachers(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, sources: Sequence[TeacherSource]
+) -> list[TeacherSource]:
+    """The teachers with the front end that the options name, those whose files record none.
+
+    Ends with the parser's error for an option that contradicts one of these files, or that is there for no teacher.
+    """
+    if not any(value is not None for value in stated_frontend(args).values()):
+        return list(sources)
+    believed, contradicted = [], None
+    for source in sources:
+        loaded = source.load()
+        if loaded.is_recorded:
+            contradicted = contradicted or (loaded, source.path)
+            believed.append(source)
+        else:
+            believed.append(replace(source, frontend=believe(parser, args, loaded, source.path).frontend))
+    if contradicted is not None and not any(source.frontend for source in believed):
+        believe(parser, args, *contradicted)  # every file says it: the options must agree
+    return believed
+
+
+def stated_frontend(args: argparse.Namespace) -> dict[str, Any]:
+    """The front end's fields as the command line states them, None where it does not."""
+    return {field.name: getattr(args, FRONTEND_OPTIONS.get(field.name, field.name), None) for field in fields(FRONTEND)}
+
+
+def _changed(config: Any, given: Mapping[str, Any]) -> Any:
+    """The config with other values; what it derived from those, as f_max from the rate, is derived anew."""
+    default = type(config)()
+    own = {field.name: getattr(config, field.name) for field in fields(config)}
+    return type(config)(**{name: value for name, value in own.items() if value != getattr(default, name)} | given)
 
 
 def _same(model, name: str, value) -> bool:

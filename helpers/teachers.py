@@ -34,6 +34,7 @@ class TeacherSource:
     name: str  # short, for metric keys and tables
     path: Path | None  # None: a published file that is fetched when it is needed
     published: str | None = None  # key of TEACHERS
+    frontend: nn.Module | None = None  # that the command line states, where the file records none
 
     def fetch(self) -> "TeacherSource":
         """Itself with the file in its place.
@@ -52,7 +53,8 @@ class TeacherSource:
             CheckpointError: when the file is damaged, foreign, or holds another network than its name says.
         """
         if self.published is None:
-            return load_model(self.path)
+            loaded = load_model(self.path)
+            return loaded if self.frontend is None else replace(loaded, frontend=self.frontend)
         teacher = TEACHERS[self.published]
         try:
             return load_model(self.path, (teacher.architecture, teacher.options))

@@ -38,7 +38,7 @@ class BeatsConfig:
     """Options as in the cfg of the authors' checkpoints; the defaults are those of BEATs_iter3+ (AS2M)."""
 
     n_classes: Annotated[int, "number of scenes; training takes it from the data set", Bounds(1, MAX_CHANNELS)] = 10
-    input_patch_size: Annotated[int, "side of a patch in mel bands and frames", Bounds(1)] = 16
+    input_patch_size: Annotated[int, "side of a patch in mel bands and frames", Bounds(1, 1024)] = 16
     embed_dim: Annotated[int, "width of an embedded patch", Bounds(1, MAX_CHANNELS)] = 512
     encoder_layers: Annotated[int, "transformer layers; 12 in all published weights", Bounds(1, MAX_LAYERS)] = 12
     encoder_embed_dim: Annotated[int, "width of the tokens; 768 in all published weights", Bounds(1, MAX_CHANNELS)] = (

@@ -130,6 +130,7 @@ def test_numbers_that_no_one_means_are_refused_before_anything_is_built(config):
         (["--resample_rate", "1000000000000"], "sample_rate must be at most 1,000,000"),
         (["--in_channels", "2"], "log_mel must be (batch, 2, mel, time), got (1, 1, 256, 64)"),
         (["--base_channels", "16000", "--expansion_rate", "90"], "channels: lower base_channels, channels_multiplier"),
+        (["--project_name", "a\0b"], "holds a NUL character"),
         (["--hop_size", "1"], "hop_length must be >= 16 at 32000 Hz"),
         (["--torch_device", "meta"], "only CPUs and CUDA GPUs"),
         (["--torch_device", "mps"], "only CPUs and CUDA GPUs"),

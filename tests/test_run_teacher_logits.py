@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import run_teacher_logits
+import run_teacher_validation
 from datasets.audio import FULL_SCALE
 from datasets.cache import open_store
 from datasets.tau import SCENES, DataError, read_meta, train_rows
@@ -290,3 +291,36 @@ def test_options_that_do_not_fit_are_refused(here, capsys, options, message):
     with pytest.raises(SystemExit) as error:
         run_teacher_logits.main([*DATA, "--teachers", "resnet", *options])
     assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+STATED = ["--resample_rate", "8000", "--hop_size", "100", "--window_size", "256", "--n_fft", "512", "--n_mels", "64",
+          "--fmax_aug_range", "200"]  # fmt: skip
+
+
+def test_a_front_end_that_a_file_does_not_record_is_believed(here):
+    model = fill_state(get_model("cp_resnet")).eval()
+    torch.save(model.state_dict(), "foreign.pt")
+    options = [*DATA, "--part", "test", "--output"]
+    run_teacher_logits.main([*options, "with.pt", "--teachers", "resnet", "foreign.pt", *STATED])
+    meta = read_meta("tau")
+    rows = rows_for_test(meta)
+    store = open_store(meta, 8000, "cache", progress=False)
+    frontend = get_frontend("cp_mel", **MEL | {"hop_length": 100}).eval()
+    with torch.no_grad():
+        waveform = torch.from_numpy(store.read(store.rows(meta.files[rows])).astype(np.float32)) / FULL_SCALE
+        answers = (model(frontend(waveform)) + expected("proj/resnet/checkpoints/last.pt", rows)) / 2
+    content = torch.load("with.pt", weights_only=True)
+    torch.testing.assert_close(content["logits"].double(), answers.double(), rtol=2e-3, atol=1e-3)
+    recorded, stated = content["provenance"]["teachers"]
+    assert "frontend" not in recorded and stated["frontend"]["hop_length"] == 100
+    metrics = run_teacher_validation.main([*DATA, "--logger", "none", "--checkpoint", "foreign.pt", *STATED])
+    with torch.no_grad():
+        right = model(frontend(waveform)).argmax(1).numpy() == meta.scene[rows]
+    assert metrics["foreign/test/acc"] == pytest.approx(right.mean(), abs=0.03)
+
+
+def test_a_front_end_that_every_file_records_is_not_overruled(here, capsys):
+    with pytest.raises(SystemExit):
+        run_teacher_logits.main([*DATA, "--teachers", "resnet", "--output", "o.pt", "--hop_size", "320"])
+    assert "--hop_size 320, but proj/resnet/checkpoints/last.pt has 125" in capsys.readouterr().err
+    run_teacher_logits.main([*DATA, "--teachers", "resnet", "--output", "o.pt", "--hop_size", "125"])

@@ -35,6 +35,11 @@ def test_a_front_end_that_is_not_recorded_is_believed(foreign):
     assert not loaded.frontend.training
 
 
+def test_what_follows_from_a_believed_rate_follows_it(foreign):
+    config = answer(foreign("cp_mobile"), "--resample_rate", "16000").frontend.config
+    assert (config.sample_rate, config.f_max) == (16000, 7500)
+
+
 def test_another_value_of_the_same_network_is_no_contradiction(foreign):
     path = foreign("cp_mobile", base_channels=30, channels_multiplier=2.31)  # read as 32 and 2.3
     assert answer(path, "--base_channels", "30", "--channels_multiplier", "2.31")
