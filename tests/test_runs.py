@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import soundfile
 import torch
 
+import run_teacher_logits
 import run_training
 from datasets.files import locked
 from helpers import loop
@@ -185,6 +187,21 @@ def test_commands_to_go_on_are_quoted_and_start_as_many_processes(monkeypatch):
     assert resume_command("run_qat.py", "p", "a1").startswith(
         "torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT --nproc_per_node=2 --max_restarts=3 run_qat"
     )
+
+
+def test_what_is_written_has_the_mode_that_the_umask_leaves(options, tau, tmp_path):
+    """Others of the group read, and go on with, what one of them has trained."""
+    before = os.umask(0o002)
+    try:
+        run_training.main([*options, "--n_epochs", "1", "--val_fraction", "0.5"])
+        data = ["--dataset_dir", str(tau.root), "--cache_path", "cache"]
+        run_teacher_logits.main([*data, "--teachers", run_of().name, "--output", "logits/l.pt"])
+    finally:
+        os.umask(before)
+    written = [path for folder in ("DCASE23_Task1", "cache", "logits") for path in (tmp_path / folder).rglob("*")]
+    assert {"last.pt", "best.pt", "l.pt", "waveforms.i16", "metrics.jsonl"} <= {path.name for path in written}
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in written}
+    assert modes == {path.name: 0o775 if path.is_dir() else 0o664 for path in written}
 
 
 @pytest.mark.parametrize("text", ["", "[" * 10_000, "3", '{"script": 3}', '{"given": 7}', '{"given": [1]}', "\x00"])
