@@ -32,6 +32,7 @@ import soundfile
 from numpy import ndarray
 from tqdm import tqdm
 
+from datasets.files import locked
 from datasets.synthetic_devices import random_microphone, record
 from datasets.synthetic_scenes import render_scene
 from datasets.synthetic_signals import RECORDING_SECONDS, SAMPLE_RATE, named_rng
@@ -48,7 +49,7 @@ SYNTHETIC_NOTICE = (
 OTHER_TRAIN_DEVICES = ("b", "c", "s1", "s2", "s3")
 N_DIRS = 32
 
-_MANIFEST, _MARKER = "synthetic.json", "synthetic.incomplete"
+_MANIFEST, _MARKER, _LOCK = "synthetic.json", "synthetic.incomplete", ".lock"
 _N_SEGMENTS = RECORDING_SECONDS
 _CLIP_BYTES = 44 + 3 * SAMPLE_RATE
 _FOLDERS = ("audio", "dirs", "evaluation_setup")
@@ -171,14 +172,18 @@ def write_synthetic(
     }
     if _is_complete(root, manifest):
         return root
-    log.info("generating the embedded data set in %s", root)
-    _prepare(root, manifest)
-    _write_tables(root, train, test)
-    _write_dirs(root, seed)
-    _write_audio(root, train + test, seed, n_workers, progress)
-    _write(root / "README.md", _readme(manifest).encode())
-    _write(root / _MANIFEST, _as_json(manifest))
-    (root / _MARKER).unlink(missing_ok=True)
+    _refuse_other(root)
+    with locked(root / _LOCK, f"the embedded data set {root}", wait=True):
+        if _is_complete(root, manifest):  # by the process that this one has waited for
+            return root
+        log.info("generating the embedded data set in %s", root)
+        _prepare(root, manifest)
+        _write_tables(root, train, test)
+        _write_dirs(root, seed)
+        _write_audio(root, train + test, seed, n_workers, progress)
+        _write(root / "README.md", _readme(manifest).encode())
+        _write(root / _MANIFEST, _as_json(manifest))
+        (root / _MARKER).unlink(missing_ok=True)
     return root
 
 
@@ -216,19 +221,20 @@ def _is_complete(root: Path, manifest: dict) -> bool:
     )
 
 
-def _prepare(root: Path, manifest: dict) -> None:
-    """Marks `root` as incomplete and removes what an earlier generation left there, and nothing else."""
-    marker = root / _MARKER
-    is_ours = marker.is_file() or (root / _MANIFEST).is_file()
-    if root.exists() and not is_ours and any(root.iterdir()):
+def _refuse_other(root: Path) -> None:
+    is_ours = (root / _MARKER).is_file() or (root / _MANIFEST).is_file()
+    if root.exists() and not is_ours and any(path.name != _LOCK for path in root.iterdir()):
         raise FileExistsError(
             f"{root} holds files that were not generated here and would be overwritten: "
             "name an empty or new folder for the embedded data set"
         )
-    root.mkdir(parents=True, exist_ok=True)
+
+
+def _prepare(root: Path, manifest: dict) -> None:
+    """Marks `root` as incomplete and removes what an earlier generation left there, and nothing else."""
+    marker = root / _MARKER
     n_bytes = (manifest["n_train_clips"] + manifest["n_test_clips"]) * _CLIP_BYTES
-    # An interrupted generation of this very data set is overwritten in place instead: were another process still at it,
-    # both would write the same bytes.
+    # An interrupted generation of this very data set is overwritten in place instead: the bytes are the same.
     if not (marker.is_file() and marker.read_bytes() == _as_json(manifest)):
         _write(marker, _as_json(manifest))
         (root / _MANIFEST).unlink(missing_ok=True)

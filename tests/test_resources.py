@@ -1,4 +1,8 @@
+import io
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -42,6 +46,27 @@ def test_swapped_teacher_logits_are_noticed(tmp_path):
         torch.save(torch.ones(4, 10), path)
         with pytest.raises(DownloadError, match=r"ensemble_logits\.pt"):
             resources.teacher_logits_file(tmp_path / "r", server.url("/logits.pt"))
+
+
+def test_two_processes_that_need_a_file_fetch_it_once(tmp_path, monkeypatch):
+    """As the first processes of two machines do, at the same moment: the second waits."""
+    content = io.BytesIO()
+    torch.save(torch.zeros(4, 10), content)
+    started = threading.Event()
+    fetch = resources.fetch_recorded
+
+    def slow(*arguments):
+        started.set()
+        time.sleep(0.2)
+        return fetch(*arguments)
+
+    monkeypatch.setattr(resources, "fetch_recorded", slow)
+    with FileServer({"/l.pt": Served(content.getvalue())}) as server, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(resources.teacher_logits_file, tmp_path / "r", server.url("/l.pt"))
+        assert started.wait(10)
+        second = pool.submit(resources.teacher_logits_file, tmp_path / "r", server.url("/l.pt"))
+        assert first.result() == second.result()
+        assert len(server.requests) == 1
 
 
 def test_data_efficient_splits_have_the_published_sizes(shared, tmp_path, monkeypatch):

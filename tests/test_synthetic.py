@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -290,6 +291,16 @@ def test_set_that_does_not_fit_is_replaced(small, quick, change):
         write_synthetic(small, n_train_recordings=2, n_test_recordings=1, n_workers=1)
         assert contents(small) != expected
     assert contents(write_synthetic(small, **ONE_RECORDING_EACH)) == expected
+
+
+def test_two_processes_generate_one_set_once(small, quick, tmp_path, monkeypatch):
+    """As the first processes of two machines do, at the same moment: the second waits."""
+    n_generated, write_audio = [], synthetic._write_audio
+    monkeypatch.setattr(synthetic, "_write_audio", lambda *rest: n_generated.append(1) or write_audio(*rest))
+    with ThreadPoolExecutor(2) as pool:
+        roots = list(pool.map(lambda _: write_synthetic(tmp_path / "set", **ONE_RECORDING_EACH), range(2)))
+    assert len(n_generated) == 1
+    assert contents(roots[0]) == contents(small)
 
 
 def test_foreign_folder_is_left_alone(tmp_path):
