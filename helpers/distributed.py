@@ -261,7 +261,7 @@ def recall(name: str) -> str | None:
     return launch.kept.get(f"kept/{name}").decode()
 
 
-class Heartbeat(threading.Thread):
+class Heartbeat:
     """Tells the others that this process is alive; ends it when another one says nothing for LOST_SECONDS.
 
     A process that ends closes its connections, which the others notice at once. One that is lost with its machine or
@@ -272,33 +272,42 @@ class Heartbeat(threading.Thread):
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int):
-        super().__init__(name="heartbeat", daemon=True)
         self.store, self.rank, self.size = store, rank, size
+        self._beats = {other: b"" for other in range(size) if other != rank}  # the last one of each
+        # Since then, counted in steps of this process: while all of them are stopped (Ctrl-Z), none is lost.
+        self._silence = dict.fromkeys(self._beats, 0)
         self._over = threading.Event()
+        # Without the network the store does not answer either, so one thread talks to it and another one judges.
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._exchange, self._judge)]
 
     def start(self) -> None:
-        super().start()
+        for thread in self._threads:
+            thread.start()
         atexit.register(self.stop)
 
     def stop(self) -> None:
         self._over.set()
-        self.join(BEAT_SECONDS)
+        for thread in self._threads:
+            thread.join(BEAT_SECONDS)
 
-    def run(self) -> None:
-        n_beats, started = 0, time.monotonic()
-        heard = {rank: (b"", started) for rank in range(self.size) if rank != self.rank}  # last beat, and when
+    def _exchange(self) -> None:
+        n_beats = 0
         while not self._over.wait(BEAT_SECONDS):
             n_beats += 1
-            with suppress(RuntimeError):  # the store is lost with the machine that it is on
+            with suppress(RuntimeError):  # of a store that is lost
                 self.store.set(str(self.rank), str(n_beats))
-                for rank, (beat, _) in heard.items():
-                    if self.store.check([str(rank)]) and (now := self.store.get(str(rank))) != beat:
-                        heard[rank] = now, time.monotonic()
-            lost = [rank for rank, (_, when) in heard.items() if time.monotonic() - when > LOST_SECONDS]
+                for other, beat in self._beats.items():
+                    if self.store.check([str(other)]) and (now := self.store.get(str(other))) != beat:
+                        self._beats[other], self._silence[other] = now, 0
+
+    def _judge(self) -> None:
+        while not self._over.wait(BEAT_SECONDS):
+            for other in self._silence:
+                self._silence[other] += 1
+            lost = [str(other) for other, steps in self._silence.items() if steps * BEAT_SECONDS > LOST_SECONDS]
             if lost:
-                names = ", ".join(map(str, lost))
                 print(
-                    f"error: process {self.rank} of {self.size} has not heard of process {names} for "
+                    f"error: process {self.rank} of {self.size} has not heard of process {', '.join(lost)} for "
                     f"{LOST_SECONDS:.0f} seconds and ends: its machine or the network is lost",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
