@@ -70,16 +70,17 @@ def remove_leftovers(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, what: str, wait: bool = False) -> Iterator[None]:
+def locked(path: Path, what: str, wait: bool = False, keep: bool = True) -> Iterator[None]:
     """Holds the lock file `path`, one process at a time; a killed process loses it.
 
     On a file system without locks a marker file beside it stands in, which names its process: that of an ended process
     on the same machine is taken over.
 
     Args:
-        path: the lock file, made where missing and left in place.
+        path: the lock file, made where missing.
         what: what is in use, for messages: "run abcd1234".
         wait: wait for the other process, and say so once; otherwise that is an error.
+        keep: leave the lock file in place; otherwise it goes with the lock.
 
     Raises:
         BusyError: another process holds it, and `wait` is off.
@@ -100,6 +101,9 @@ def locked(path: Path, what: str, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
+        if not keep:  # before the release: a process that waits for the removed file then looks for a new one
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
         lock.release()
 
 

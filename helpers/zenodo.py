@@ -4,6 +4,7 @@ than the unpacked data takes.
 Progress is kept in `<root>/.zenodo_<record>/`: the file list of the record (which Zenodo never changes under a number)
 and, for every file that is done, its checksum and the names and sizes of what it left on disk. A run after a kill goes
 on at the byte or archive entry where the last one stopped; files that went missing later bring back their archive.
+What is read back from there is checked as what Zenodo answers is, and nothing of it ever comes out of an archive.
 """
 
 import json
@@ -13,6 +14,7 @@ import os
 import re
 import shutil
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -22,16 +24,18 @@ from typing import Any
 
 from tqdm import tqdm
 
+from datasets.files import locked, matching, write_json
 from helpers.download import (
+    MAX_ANSWER_BYTES,
     DownloadError,
+    UnreachableError,
     check_space,
     fetch,
     format_bytes,
     free_bytes,
     get,
-    lock_file,
+    read_state,
     retry,
-    write_json,
 )
 
 logger = logging.getLogger(__name__)
@@ -39,16 +43,40 @@ logger = logging.getLogger(__name__)
 ZENODO_API = "https://zenodo.org/api"
 # 24-bit audio hardly compresses: TAU22's archives unpack to about 1.1 times their size; the rest is margin
 UNPACKED_RATIO = 1.2
+MAX_BYTES = 10**15  # of a file; more is a damaged number
+NOTES = re.compile(
+    r"\.zenodo_[^/]*(/.*)?|[^/]*\.part(\.json|\.lock)?|(.*/)?\.unpacking\.part", re.IGNORECASE | re.DOTALL
+)
+# What zipfile raises for archives that are damaged.
+ZIP_ERRORS = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, ValueError, IndexError,
+    KeyError, OverflowError, struct.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RecordFile:
-    """One file of a record: name, size in bytes, published MD5 (hexadecimal), download address."""
+    """One file of a record: name, size in bytes, published MD5 (hexadecimal), download address.
+
+    Raises:
+        ValueError: for what no record holds, first of all a name that leads elsewhere.
+    """
 
     key: str
     size: int
     md5: str
     url: str
+
+    def __post_init__(self):
+        key = self.key
+        if not isinstance(key, str) or not is_inside(key) or PurePosixPath(key).name != key or key.startswith("."):
+            raise ValueError(f"unsafe file name {key!r:.200}")
+        if type(self.size) is not int or not 0 <= self.size <= MAX_BYTES:
+            raise ValueError(f"size {self.size!r:.200} of {key}")
+        if not isinstance(self.md5, str) or not re.fullmatch("[0-9a-f]{32}", self.md5):
+            raise ValueError(f"checksum {self.md5!r:.200} of {key}")
+        if not isinstance(self.url, str) or not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"address {self.url!r:.200} of {key}")
 
     @property
     def is_zip(self) -> bool:
@@ -106,6 +134,7 @@ def read_record(record_id: int, api: str = ZENODO_API, *, n_tries: int = 5, back
         raise
     try:
         files = [_record_file(entry) for entry in answer["files"]]
+        _check_distinct(files)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         message = f"{url}: the answer is not a Zenodo record with its files ({error!r}); check the address of the API"
         raise DownloadError(message) from error
@@ -144,7 +173,7 @@ def download_record(
 ) -> Path:
     """Downloads every file of a record into root, verifies it, unpacks the zip archives there and deletes them.
 
-    Returns at once, without the network, when everything is in place.
+    Returns at once, without the network, when everything is in place. Waits while another process does the same.
 
     Args:
         record_id: number of the record.
@@ -163,17 +192,21 @@ def download_record(
     """
     root = Path(root)
     state = _state_dir(root, record_id)
+    if state.is_symlink():
+        raise DownloadError(
+            f"{state} is a link, and progress is kept in a folder of that name; remove it and run again"
+        )
     state.mkdir(parents=True, exist_ok=True)
-    with lock_file(state / "lock"):
+    with locked(state / "lock", f"the download into {root}", wait=True):
         files, todo = _stored_record(state), ()
-        if files is None or _not_done(files, root, state):  # addresses may have moved since the list was stored
-            files = read_record(record_id, api, n_tries=n_tries, backoff=backoff)
+        if files is None or _not_done(files, root, state):
+            files = _current_record(record_id, files, api, n_tries, backoff)
             write_json(state / "record.json", [asdict(file) for file in files])
             work = plan(record_id, files, root, keep_archives)
             todo = work.todo
             report(work.describe())
         for file in set(files) - set(todo):  # left by a kill between the stamp and the deletion
-            _delete_archive(root / file.key, _read_state(_stamp(state, file)))
+            _delete_archive(root / file.key, _read_stamp(state, file))
         if todo:
             check_space(work.n_needed, root, f"Zenodo record {record_id}")
         for number, file in enumerate(todo, start=1):
@@ -190,14 +223,37 @@ def download_record(
         return _meta_folder(record_id, files, root, state)
 
 
+def _current_record(
+    record_id: int, stored: list[RecordFile] | None, api: str, n_tries: int, backoff: float
+) -> list[RecordFile]:
+    """The files as Zenodo lists them now (addresses may have moved), or as stored where it cannot be reached."""
+    try:
+        return read_record(record_id, api, n_tries=n_tries, backoff=backoff)
+    except UnreachableError as error:
+        if error.status is not None:
+            raise
+        if stored is None:
+            raise UnreachableError(
+                f"{error}; or fetch the data set by other means (https://zenodo.org/records/{record_id}), unpack all "
+                "archives into one folder, and name that to the other commands with --dataset_dir"
+            ) from error
+        logger.warning("%s; going on with the list of files stored earlier", error)
+        return stored
+
+
 def fetch_json(url: str, *, n_tries: int = 5, backoff: float = 1.0) -> Any:
     """Asks a web API; returns the decoded answer. Raises DownloadError, with `status` where the server refused."""
 
     def ask() -> Any:
         with get(url, {"Accept": "application/json"}) as response:
+            content = bytearray()
+            for chunk in response.iter_content(2**16):
+                content += chunk
+                if len(content) > MAX_ANSWER_BYTES:
+                    raise DownloadError(f"{url}: the answer is larger than any of a web API; check the address")
             try:
-                return response.json()
-            except ValueError as error:
+                return json.loads(content)
+            except (ValueError, RecursionError) as error:
                 kind = response.headers.get("Content-Type", "no content type")
                 message = f"{url}: the answer is not JSON ({kind}); check the address and that no proxy replaces it"
                 raise DownloadError(message) from error
@@ -209,6 +265,7 @@ def extract_zip(archive: Path | str, root: Path | str, progress: bool = True) ->
     """Unpacks a zip archive into root, skipping entries that already lie there with their size and CRC.
 
     Every entry is checked before the first is written, and written under another name until its CRC has been verified.
+    Names that are kept for the progress of downloads are left out, with a warning.
 
     Args:
         archive: zip file.
@@ -216,7 +273,7 @@ def extract_zip(archive: Path | str, root: Path | str, progress: bool = True) ->
         progress: progress bar, on a terminal only.
 
     Returns:
-        All files of the archive, in its order, with root in front.
+        All files of the archive but those left out, in its order, with root in front.
 
     Raises:
         DownloadError: the archive is damaged or encrypted, holds links or names that lead outside root, or unpacks to
@@ -234,7 +291,7 @@ def extract_zip(archive: Path | str, root: Path | str, progress: bool = True) ->
                 for info, target in todo:
                     _unpack(opened, info, target)
                     shown.update(info.file_size)
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError) as error:
+    except ZIP_ERRORS as error:
         raise DownloadError(
             f"{archive} is not a whole zip archive ({error}); delete it and download it again"
         ) from error
@@ -244,17 +301,25 @@ def extract_zip(archive: Path | str, root: Path | str, progress: bool = True) ->
 def _safe_entries(opened: zipfile.ZipFile, archive: Path, root: Path) -> list[tuple[zipfile.ZipInfo, Path]]:
     """Pairs every entry with its place on disk; refuses the archive when one of them is unsafe."""
     entries: dict[Path, zipfile.ZipInfo] = {}
+    notes = [info.filename for info in opened.infolist() if _is_note(info.filename)]
+    if notes:
+        logger.warning(
+            "%s: %d entries are notes about the progress of a download and are left out, first %r", archive, len(notes),
+            notes[0],
+        )  # fmt: skip
     for info in opened.infolist():
+        if _is_note(info.filename):
+            continue
         name, kind = info.filename, stat.S_IFMT(info.external_attr >> 16)
         target = root / PurePosixPath(name)
         problem = None
-        if name.startswith("/") or "\\" in name or re.match("[A-Za-z]:", name) or ".." in name.split("/"):
+        if not is_inside(name):
             problem = "leads outside the folder"
         elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             problem = "is a link or a special file"
         elif info.flag_bits & 1:
             problem = "is encrypted"
-        elif target in entries or target == root:
+        elif target in entries or target in (root, archive):
             problem = "has no name of its own"
         if problem:
             raise DownloadError(f"{archive}: entry {name!r} {problem}; nothing was unpacked, do not use this archive")
@@ -264,6 +329,10 @@ def _safe_entries(opened: zipfile.ZipFile, archive: Path, root: Path) -> list[tu
         if not folder.resolve().is_relative_to(inside):
             raise DownloadError(f"{archive}: {folder} is a link that leads outside {root}; remove it and run again")
     return [(info, target) for target, info in entries.items()]
+
+
+def _is_note(name: str) -> bool:
+    return is_inside(name) and NOTES.fullmatch(str(PurePosixPath(name))) is not None
 
 
 def _is_unpacked(info: zipfile.ZipInfo, target: Path) -> bool:
@@ -297,17 +366,24 @@ def _unpack(opened: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> Non
         temporary.unlink(missing_ok=True)
 
 
+def is_inside(name: str) -> bool:
+    """Whether a path, with slashes, stays below the folder that it is taken in."""
+    is_absolute = name.startswith("/") or re.match("[A-Za-z]:", name) is not None
+    return bool(name) and not is_absolute and "\\" not in name and "\0" not in name and ".." not in name.split("/")
+
+
 def _record_file(entry: dict[str, Any]) -> RecordFile:
     """Takes one entry of Zenodo's list; any error means that it has not the form of one."""
-    key, size, checksum, links = entry["key"], entry["size"], entry["checksum"], entry["links"]
-    if not key or PurePosixPath(key).name != key or "\\" in key or key.startswith("."):
-        raise ValueError(f"unsafe file name {key!r}")
-    if not isinstance(size, int) or not re.fullmatch("md5:[0-9a-fA-F]{32}", checksum):
-        raise ValueError(f"size {size!r} and checksum {checksum!r} of {key}")
+    checksum, links = entry["checksum"], entry["links"]
+    if not checksum.startswith("md5:"):
+        raise ValueError(f"checksum {checksum!r:.200}")
     url = links.get("content") or links["self"]  # where there are both, self describes the file and content is the file
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"address {url!r} of {key}")
-    return RecordFile(key, size, checksum.removeprefix("md5:").lower(), url)
+    return RecordFile(entry["key"], entry["size"], checksum.removeprefix("md5:").lower(), url)
+
+
+def _check_distinct(files: list[RecordFile]) -> None:
+    if len({file.key for file in files}) < len(files):
+        raise ValueError("two files of one name")
 
 
 def _state_dir(root: Path, record_id: int) -> Path:
@@ -318,26 +394,38 @@ def _stamp(state: Path, file: RecordFile) -> Path:
     return state / f"{file.key}.done"
 
 
-def _read_state(path: Path) -> Any:
-    """Decoded json file of ours; None when it is missing or damaged, which only costs doing its part again."""
+STAMP = {
+    "md5": str,
+    "delete_archive": bool,
+    "files": matching(
+        lambda files: all(is_inside(name) and type(size) is int for name, size in files.items()),
+        "must be sizes of files below the folder",
+    ),
+}
+
+
+def _read_stamp(state: Path, file: RecordFile) -> dict[str, Any] | None:
+    """What is noted of a file that is done; None when that is missing or damaged, which only costs doing it again."""
+    return read_state(_stamp(state, file), STAMP)
+
+
+def _stored_record(state: Path) -> list[RecordFile] | None:
+    """The record's files as noted, checked like Zenodo's answer; None when that is missing or damaged."""
+    path = state / "record.json"
+    stored = read_state(path, [{"key": str, "size": int, "md5": str, "url": str}]) or []
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+        files = [RecordFile(*(entry[name] for name in ("key", "size", "md5", "url"))) for entry in stored]
+        _check_distinct(files)
+        return files or None
     except ValueError as error:
         logger.warning("%s is damaged (%s) and ignored", path, error)
         return None
 
 
-def _stored_record(state: Path) -> list[RecordFile] | None:
-    stored = _read_state(state / "record.json")
-    return None if stored is None else [RecordFile(**entry) for entry in stored]
-
-
 def _not_done(files: Iterable[RecordFile], root: Path, state: Path) -> tuple[RecordFile, ...]:
     """Files without a stamp, or whose content is no longer on disk with its size."""
     sizes: dict[str, dict[str, int]] = {}  # of the files in each folder: one listing for all archives that share it
-    return tuple(file for file in files if not _is_done(file, root, _read_state(_stamp(state, file)), sizes))
+    return tuple(file for file in files if not _is_done(file, root, _read_stamp(state, file), sizes))
 
 
 def _is_done(file: RecordFile, root: Path, done: dict | None, sizes: dict[str, dict[str, int]]) -> bool:
@@ -368,18 +456,18 @@ def _unpacked_size(path: Path, file: RecordFile, root: Path) -> int:
     try:
         with zipfile.ZipFile(path) as opened:
             entries = opened.infolist()
-    except (FileNotFoundError, zipfile.BadZipFile):  # a bad one is refused by its checksum when its turn comes
+        return sum(info.file_size for info in entries if _bytes_here(root / info.filename) != info.file_size)
+    except (OSError, *ZIP_ERRORS):  # a bad one is refused by its checksum when its turn comes
         return round(file.size * UNPACKED_RATIO)
-    return sum(info.file_size for info in entries if _bytes_here(root / info.filename) != info.file_size)
 
 
 def _delete_archive(path: Path, done: dict | None) -> None:
-    if done is not None and done["delete_archive"]:
+    if done is not None and done["delete_archive"] and path.suffix.lower() == ".zip":
         path.unlink(missing_ok=True)
 
 
 def _meta_folder(record_id: int, files: Iterable[RecordFile], root: Path, state: Path) -> Path:
-    names = [name for file in files for name in _read_state(_stamp(state, file))["files"]]
+    names = [name for file in files for name in (_read_stamp(state, file) or {"files": ()})["files"]]
     found = [name for name in names if f"/{name}".endswith("/meta.csv")]
     if not found:
         raise DownloadError(f"Zenodo record {record_id} holds no meta.csv; it is not a data set laid out like TAU22")

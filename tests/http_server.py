@@ -18,6 +18,7 @@ class Served:
         content: body of the file.
         content_type: value of that header; "" leaves the header away.
         etag: version, sent as ETag and compared with If-Range; None sends none.
+        status: of an answer that holds the whole file.
         statuses: statuses of the first answers, used up one per request; afterwards all is well.
         retry_after: Retry-After header of those answers.
         drop_after: body bytes after which the connection is cut; None never.
@@ -33,6 +34,7 @@ class Served:
     content: bytes
     content_type: str = "application/octet-stream"
     etag: str | None = None
+    status: int = 200
     statuses: list[int] = field(default_factory=list)
     retry_after: str | None = None
     drop_after: int | None = None
@@ -95,7 +97,7 @@ class FileServer:
             request.send_header("Content-Length", "0")
             request.end_headers()
             return
-        status, start, n_all = 200, 0, len(served.content)
+        status, start, n_all = served.status, 0, len(served.content)
         asked = request.headers.get("Range")
         if_range = request.headers.get("If-Range")
         changed = if_range is not None and if_range != served.etag and not served.ignore_if_range

@@ -1,9 +1,12 @@
 """Downloads against a local server that cuts, stalls, lies and refuses."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
+import random
 import resource
 import signal
 import socket
@@ -11,6 +14,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -309,8 +313,7 @@ def test_a_killed_download_is_resumed(server, serve, tmp_path, kill):
     while not part.exists() or part.stat().st_size < 200_000:
         assert time.monotonic() < deadline and child.poll() is None
         time.sleep(0.01)
-    with pytest.raises(DownloadError, match=r"data\.bin\.part is in use by another process"):
-        quick(url, path)
+    assert (tmp_path / "data.bin.part.lock").exists()
     child.send_signal(kill)
     child.communicate()
     assert part.stat().st_size == 200_000
@@ -382,3 +385,184 @@ def test_a_damaged_record_is_named(serve, tmp_path, text):
 def test_free_space_is_known_for_folders_to_come(tmp_path):
     assert free_bytes(tmp_path / "not" / "yet" / "there") == pytest.approx(free_bytes(tmp_path), rel=0.1)
     assert free_bytes("not/yet/there") > 0
+
+
+def test_an_empty_answer_is_refused_where_nothing_is_known(serve, tmp_path):
+    with pytest.raises(DownloadError, match=r"sent an empty file.*may be put at .*data\.bin"):
+        fetch_recorded(serve(b""), tmp_path / "data.bin", tmp_path / "checksums.json")
+    assert names(tmp_path) == []
+    (tmp_path / "data.bin").touch()
+    with pytest.raises(DownloadError, match=r"data\.bin is empty; delete it"):
+        fetch_recorded(serve(), tmp_path / "data.bin", tmp_path / "checksums.json")
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ({"etag": '"v1"'}, {"etag": None}),
+        ({"etag": '"v1"'}, {"etag": '"v2"'}),
+        ({"headers": {"Last-Modified": "yesterday"}}, {"headers": {"Last-Modified": "today"}}),
+        ({"headers": {"Last-Modified": "yesterday"}}, {}),
+        ({"etag": '"v1"'}, {"etag": '"v1"', "content": CONTENT + b"more"}),
+    ],
+    ids=str,
+)
+def test_a_changed_file_is_never_stitched_without_a_checksum(serve, tmp_path, first, second):
+    with pytest.raises(DownloadError):
+        quick(serve(OTHER, drop_after=100_000, **first), tmp_path / "data.bin", n_tries=1)
+    url = serve(**{"content": CONTENT, "ignore_if_range": True} | second)
+    assert quick(url, tmp_path / "data.bin").read_bytes() == second.get("content", CONTENT)
+
+
+@pytest.mark.parametrize("total, content", [(len(OTHER), OTHER), (None, CONTENT)])
+def test_a_complete_part_without_a_checksum_is_taken_where_it_is_known_to_be(serve, tmp_path, total, content):
+    """As after a kill before the last step; the file on the server is another by now."""
+    url = serve(etag='"v2"', ignore_if_range=True)
+    (tmp_path / "data.bin.part").write_bytes(OTHER)
+    (tmp_path / "data.bin.part.json").write_text(json.dumps({"url": url, "version": '"v1"', "total": total}))
+    assert quick(url, tmp_path / "data.bin").read_bytes() == content
+
+
+def test_a_body_without_end_is_not_read_past_the_known_size(serve, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(
+        download._Transfer, "write", lambda self, chunk: written.append(self.file.write(chunk)) or written[-1]
+    )
+    with pytest.raises(DownloadError, match="more than the announced 50000 bytes"):
+        quick(serve(no_length=True), tmp_path / "data.bin", size=50_000, n_tries=1)
+    assert sum(written) <= 50_000 and names(tmp_path) == []
+
+
+def test_a_json_message_is_not_taken_for_the_file(serve, tmp_path):
+    with pytest.raises(DownloadError, match=r"JSON message instead of data\.bin"):
+        quick(serve(b'{"error": "rate limit"}', content_type="application/json"), tmp_path / "data.bin")
+
+
+def test_a_link_in_the_place_of_a_part_is_removed(serve, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    for name in ("data.bin.part", "data.bin.part.json"):
+        (tmp_path / name).symlink_to(tmp_path / "mine")
+    assert quick(serve(), tmp_path / "data.bin").read_bytes() == CONTENT
+    assert (tmp_path / "mine").read_text() == "mine" and names(tmp_path) == ["data.bin", "mine"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("name", ["data.bin", "data.bin.part", "checksums.json"])
+def test_what_is_no_file_is_named(serve, tmp_path, make, name):
+    make(tmp_path / name)
+    with pytest.raises(OSError, match=rf"{name} .*(no regular file|Is a directory)"):
+        fetch_recorded(serve(), tmp_path / "data.bin", tmp_path / "checksums.json")
+
+
+def test_a_second_process_waits_for_the_first(server, serve, tmp_path, caplog):
+    url = serve(drop_after=200_000, n_drops=1, stall=True, etag='"v1"')
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(quick, url, tmp_path / "data.bin")
+        while len(server.requests) == 0:
+            time.sleep(0.01)
+        second = pool.submit(quick, url, tmp_path / "data.bin")
+        while "waiting for it" not in caplog.text:
+            time.sleep(0.01)
+        server.closing.set()  # ends the stall
+        assert first.result() == second.result() == tmp_path / "data.bin"
+    assert len(server.requests) == 2 and names(tmp_path) == ["data.bin"]
+
+
+def test_a_file_system_without_locks_is_warned_of(serve, tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert quick(serve(), tmp_path / "data.bin").read_bytes() == CONTENT
+    assert "has no locks" in caplog.text and names(tmp_path) == ["data.bin"]
+
+
+def test_a_name_that_does_not_resolve_is_tried_once(tmp_path, monkeypatch):
+    asked = []
+
+    def unknown(host, *_, **__):
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(
+        DownloadError, match=r"name no\.such\.host does not resolve .*tried once.*may be put at"
+    ) as caught:
+        quick("http://no.such.host/data.bin", tmp_path / "data.bin")
+    assert asked == ["no.such.host"] and str(tmp_path / "data.bin") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "location",
+    [None, "", "/data.bin", "gopher://x/",
+     "http://[::1", "http://127.0.0.1:99999999/", "http://127.0.0.1:²/", "http:///",
+     "http://\0/",
+     "//", "http://" + "a" * 300 + "/", "http://.../", "http://é\xff/", "file:///etc/passwd", "?" * 70_000],
+    ids=lambda text: repr(text)[:20],
+)  # fmt: skip
+def test_redirects_that_lead_nowhere_are_one_line(server, serve, tmp_path, location):
+    url = serve(headers={} if location is None else {"Location": location})
+    server.files["/data.bin"].status = 302
+    with pytest.raises(DownloadError, match=r"data\.bin: ") as caught:
+        quick(url, tmp_path / "data.bin", n_tries=2)
+    assert "\n" not in str(caught.value) and names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Content-Length": "²"}, {"Content-Length": "9" * 5000}, {"Content-Length": "-5"}, {"Content-Length": "1, 2"},
+     {"Content-Range": f"bytes 0-1/{'9' * 5000}"}, {"ETag": "\xff\xfe²"}, {"Last-Modified": "é"}],
+    ids=lambda headers: str(headers)[:30],
+)  # fmt: skip
+def test_headers_that_cannot_be_read_are_passed_over_or_one_line(serve, tmp_path, headers):
+    url = serve(no_length="Content-Length" in headers, headers=headers, drop_after=100_000, n_drops=1)
+    try:
+        assert quick(url, tmp_path / "data.bin", sha256=SHA256, n_tries=3).read_bytes() == CONTENT
+    except DownloadError as error:
+        assert "data.bin: " in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "asked", ["²", "9" * 5000, "Mon, 01 Jan 99999 00:00:00 GMT", "Fri, 31 Dec 9999 23:59:59 -2359"]
+)
+def test_a_pause_that_cannot_be_read_is_our_own(serve, tmp_path, monkeypatch, asked):
+    pauses = []
+    monkeypatch.setattr(download.time, "sleep", pauses.append)
+    quick(serve(statuses=[429], retry_after=asked), tmp_path / "data.bin")
+    assert len(pauses) == 1 and pauses[0] <= download.MAX_WAIT_S
+
+
+def test_mutated_notes_of_a_download_never_end_in_a_traceback_or_a_stitched_file(server, serve, tmp_path):
+    rng, url = random.Random(0), serve(etag='"v2"')
+    values = (None, True, -1, 1.5, "x", [], {}, 10**30, "²", "a\0b", "a\r\nX: y", '"v1"', "é", "x" * 70_000)
+    whole = {"url": url, "version": '"v1"', "total": len(OTHER)}
+    for i in range(100):
+        content = json.dumps(whole | {rng.choice(list(whole)): rng.choice(values)}).encode()
+        if i % 3 == 0:
+            place = rng.randrange(len(content))
+            content = content[:place] + rng.randbytes(rng.randrange(3)) + content[place + rng.randrange(3) :]
+        elif i % 50 == 1:
+            content = b"[" * 100_000
+        (tmp_path / "data.bin.part").write_bytes(OTHER[:1000])
+        (tmp_path / "data.bin.part.json").write_bytes(content)
+        assert quick(url, tmp_path / "data.bin").read_bytes() == CONTENT
+        (tmp_path / "data.bin").unlink()
+
+
+def test_mutated_checksums_are_named(serve, tmp_path):
+    rng, path, checksums = random.Random(0), tmp_path / "data.bin", tmp_path / "checksums.json"
+    fetch_recorded(serve(), path, checksums)
+    good = checksums.read_bytes()
+    for _ in range(200):
+        place = rng.randrange(len(good))
+        damaged = good[:place] + rng.randbytes(rng.randrange(3)) + good[place + rng.randrange(3) :]
+        checksums.write_bytes(damaged)
+        try:
+            fetch_recorded(serve(), path, checksums)
+        except DownloadError as error:
+            assert "checksums.json" in str(error) and "\n" not in str(error)
+    checksums.write_bytes(b"[" * 100_000)
+    with pytest.raises(DownloadError, match=r"checksums\.json is damaged"):
+        fetch_recorded(serve(), path, checksums)

@@ -3,12 +3,15 @@
 import json
 import logging
 import os
+import random
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -149,7 +152,7 @@ def test_an_archive_left_by_a_kill_before_its_deletion_is_deleted(server, tmp_pa
     assert len(server.ranges(content_path(f"{TOP}.audio.1.zip"))) == 1
 
 
-def test_a_run_killed_by_sigkill_is_finished_by_the_next(server, tmp_path):
+def test_a_run_killed_by_sigkill_is_finished_by_the_next(server, tmp_path, caplog):
     program = (
         "import sys; from helpers.zenodo import download_record; "
         f"download_record({RECORD}, sys.argv[1], api={server.url('/api')!r}, backoff=0.001)"
@@ -162,12 +165,15 @@ def test_a_run_killed_by_sigkill_is_finished_by_the_next(server, tmp_path):
     while not part.exists():
         assert time.monotonic() < deadline and child.poll() is None
         time.sleep(0.01)
-    with pytest.raises(DownloadError, match="in use by another process"):
-        get_record(server, tmp_path)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
     server.files[content_path(f"{TOP}.audio.2.zip")].drop_after = None
-    get_record(server, tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(get_record, server, tmp_path)  # waits until the first is no more
+        while "waiting for it" not in caplog.text:
+            assert time.monotonic() < deadline and not second.done()
+            time.sleep(0.01)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        second.result()
     assert content(tmp_path) == UNPACKED | {"LICENSE.txt": b"terms"}
 
 
@@ -398,3 +404,163 @@ def test_the_space_for_what_is_missing_is_checked_first(tmp_path, monkeypatch):
     (out / "a").write_bytes(bytes(6000))
     extract_zip(archive, out)
     assert content(out) == {"a": bytes(6000), "b": bytes(3000)}
+
+
+VICTIM = {"key": "../victim.txt", "size": 6, "md5": "0" * 32, "url": "http://127.0.0.1:9/x"}
+PLANTED = {
+    ".zenodo_7/record.json": json.dumps([VICTIM]).encode(),
+    "./.Zenodo_7/lock": b"{}",
+    ".zenodo_7/victim.txt.done": b"{}",
+    "b.zip.part": b"x",
+    "b.zip.part.json": b"{}",
+}
+
+
+def test_notes_in_an_archive_are_left_out(server, tmp_path, caplog):
+    """An archive that brought them could name files to delete, anywhere."""
+    root, victim = tmp_path / "root", tmp_path / "victim.txt"
+    victim.write_text("mine")
+    stamp = json.dumps({"md5": "0" * 32, "delete_archive": True, "files": {}}).encode()
+    publish_record(
+        server, 7, {"a.zip": make_zip({"x/meta.csv": b"m", **PLANTED, ".zenodo_7/../victim.txt.done": stamp})}
+    )
+    with pytest.raises(DownloadError, match="leads outside"):
+        download_record(7, root, api=server.url("/api"))
+    publish_record(server, 7, {"a.zip": make_zip({"x/meta.csv": b"m", **PLANTED})})
+    shutil.rmtree(root)
+    for _ in range(2):
+        assert download_record(7, root, api=server.url("/api")) == root / "x"
+    assert "5 entries are notes about the progress of a download and are left out" in caplog.text
+    assert sorted(path.name for path in root.iterdir()) == [".zenodo_7", "x"]
+    assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize("key", ["../victim.txt", "/victim.zip", "a\0.zip", ".zenodo_7", "a/b.zip", 7, None])
+def test_stored_records_are_checked_like_fetched_ones(server, tmp_path, key, caplog):
+    root, victim = tmp_path / "root", tmp_path / "victim.txt"
+    publish_record(server, 7, {"a.zip": make_zip({"x/meta.csv": b"m"})})
+    download_record(7, root, api=server.url("/api"))
+    victim.write_text("mine")
+    (root / ".zenodo_7" / "record.json").write_text(json.dumps([VICTIM | {"key": key}]))
+    stamp = {"md5": VICTIM["md5"], "delete_archive": True, "files": {}}
+    (root / "victim.txt.done").write_text(json.dumps(stamp))
+    assert download_record(7, root, api=server.url("/api")) == root / "x"
+    assert victim.read_text() == "mine" and "record.json" in caplog.text
+
+
+def test_links_in_the_place_of_notes_are_not_followed(server, tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    publish_record(server, 7, {"a.zip": make_zip({"x/meta.csv": b"m"})})
+    outside.mkdir()
+    root.mkdir()
+    (root / ".zenodo_7").symlink_to(outside)
+    with pytest.raises(DownloadError, match=r"\.zenodo_7 is a link.*remove it"):
+        download_record(7, root, api=server.url("/api"))
+    (root / ".zenodo_7").unlink()
+    (root / ".zenodo_7").mkdir()
+    for name in ("a.zip.part", "a.zip.part.json", ".zenodo_7/record.json", ".zenodo_7/a.zip.done"):
+        (outside / "mine").write_text("[]")
+        (root / name).symlink_to(outside / "mine")
+    assert download_record(7, root, api=server.url("/api")) == root / "x"
+    assert (outside / "mine").read_text() == "[]"
+    assert not [path for path in root.rglob("*") if path.is_symlink()]
+
+
+def test_mutated_notes_never_end_in_a_traceback_or_leave_the_folder(server, tmp_path, monkeypatch):
+    """200 mutations, without a network: each either needs Zenodo again, or goes on with what is there."""
+    root, outside = tmp_path / "root", tmp_path / "victim.zip"
+    publish_record(server, 7, {"a.zip": make_zip({"x/meta.csv": b"m", "x/audio/a.wav": b"a"})})
+    download_record(7, root, api=server.url("/api"))
+    outside.write_text("mine")
+    notes = {path: path.read_bytes() for path in (root / ".zenodo_7").glob("*.*")}
+    assert len(notes) == 2
+    monkeypatch.setattr(zenodo, "read_record", lambda *_, **__: (_ for _ in ()).throw(DownloadError("no network")))
+    rng = random.Random(0)
+    values = (
+        None,
+        True,
+        -1,
+        1.5,
+        "x",
+        "../victim.zip",
+        [],
+        {},
+        {"../victim.zip": 4},
+        [[]],
+        10**30,
+        "²",
+        "a\0b",
+        "é" * 300,
+    )
+    n_refused = 0
+    for _ in range(200):
+        for path, content in notes.items():
+            path.write_bytes(mutated(content, rng, values))
+        try:
+            assert download_record(7, root, api=server.url("/api"), report=lambda _: None) == root / "x"
+        except DownloadError as error:
+            assert "\n" not in str(error)
+            n_refused += 1
+        assert outside.read_text() == "mine"
+    assert 50 < n_refused < 200
+
+
+def mutated(content: bytes, rng: random.Random, values: tuple) -> bytes:
+    """A JSON file with another value somewhere, or with damaged bytes, or as it was."""
+    kind = rng.randrange(4)
+    if kind == 0:
+        return content
+    if kind == 1:
+        place = rng.randrange(len(content))
+        return content[:place] + rng.randbytes(rng.randrange(3)) + content[place + rng.randrange(3) :]
+    if kind == 2:
+        return content[: rng.randrange(len(content))] if rng.random() < 0.9 else b"[" * 100_000
+    parsed = node = json.loads(content)
+    while True:
+        key = rng.choice(range(len(node)) if isinstance(node, list) else list(node))
+        if not node[key] or not isinstance(node[key], list | dict) or rng.random() < 0.3:
+            break
+        node = node[key]
+    if rng.random() < 0.2:
+        del node[key]
+    else:
+        node[key] = rng.choice(values)
+    return json.dumps(parsed).encode()
+
+
+def test_mutated_archives_never_end_in_a_traceback(tmp_path, monkeypatch):
+    rng, good = random.Random(0), make_zip({"x/meta.csv": b"m" * 300, "x/a.wav": bytes(200), "x/b/": b""})
+    n_refused = 0
+    for i in range(200):
+        content = bytearray(good)
+        for _ in range(rng.randrange(1, 4)):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        (tmp_path / "a.zip").write_bytes(content)
+        try:
+            extract_zip(tmp_path / "a.zip", tmp_path / "out" / str(i))
+        except OSError as error:
+            assert "\n" not in str(error)
+            n_refused += 1
+    assert n_refused > 100 and sorted(path.name for path in tmp_path.iterdir()) == ["a.zip", "out"]
+
+
+def test_without_a_network_the_stored_list_and_files_put_there_by_hand_suffice(server, tmp_path, monkeypatch, caplog):
+    path = content_path(f"{TOP}.audio.2.zip")
+    server.files[path].drop_after = 0
+    with pytest.raises(DownloadError, match=rf"may be put at {tmp_path}/.*audio\.2\.zip"):
+        get_record(server, tmp_path, n_tries=1)
+    for key, content_ in ARCHIVES.items():
+        (tmp_path / key).write_bytes(content_)
+    assert download_record(RECORD, tmp_path, api="http://127.0.0.1:9/api", n_tries=1) == tmp_path / TOP
+    assert "going on with the list" in caplog.text
+    with pytest.raises(DownloadError, match=r"or fetch the data set by other means .*records/6337421.*--dataset_dir"):
+        download_record(RECORD, tmp_path / "new", api="http://127.0.0.1:9/api", n_tries=1)
+
+
+def test_an_endless_or_deeply_nested_answer_of_the_api_is_refused(server):
+    server.files["/api/records/1"] = Served(b"[" * 100_000, content_type="application/json")
+    with pytest.raises(DownloadError, match="not JSON"):
+        read_record(1, server.url("/api"))
+    server.files["/api/records/1"] = Served(b" " * (2**24 + 2**17), content_type="application/json")
+    with pytest.raises(DownloadError, match="larger than any"):
+        read_record(1, server.url("/api"))
