@@ -223,7 +223,7 @@ def _is_complete(root: Path, manifest: dict) -> bool:
 
 def _refuse_other(root: Path) -> None:
     is_ours = (root / _MARKER).is_file() or (root / _MANIFEST).is_file()
-    if root.exists() and not is_ours and any(path.name != _LOCK for path in root.iterdir()):
+    if root.exists() and not is_ours and any(not path.name.startswith(_LOCK) for path in root.iterdir()):
         raise FileExistsError(
             f"{root} holds files that were not generated here and would be overwritten: "
             "name an empty or new folder for the embedded data set"

@@ -146,20 +146,29 @@ def _kept(path: Path, url: str, expected: Mapping[str, Any]) -> Path:
     return path
 
 
-def fetch_recorded(url: str, path: Path | str, checksums: Path | str, **options: Any) -> Path:
+def fetch_recorded(
+    url: str,
+    path: Path | str,
+    checksums: Path | str,
+    check: Callable[[Path], Any] | None = None,
+    **options: Any,
+) -> Path:
     """Downloads a file whose checksum nobody published: the first use records it, every later one compares.
 
     Size and SHA-256 go into the json file `checksums`, under the path relative to that file's folder. A file that is
-    there but not recorded is recorded as it is. The whole file is hashed at every use, with no shortcut over its time
-    stamp: the files are small (a second per gigabyte), and a swapped file can carry any time stamp.
+    there but not recorded is recorded as it is; what does not pass `check` never is. The whole file is hashed at every
+    use, with no shortcut over its time stamp: the files are small (a second per gigabyte), and a swapped file can carry
+    any time stamp.
 
     Args:
         url, path: as for `fetch`.
         checksums: json file, made when it is missing.
+        check: raises ValueError for a file that is not what it should be; None takes any.
         options: n_tries, progress and backoff of `fetch`.
 
     Raises:
-        DownloadError: as `fetch`; the file differs from its record; the json file is not readable.
+        DownloadError: as `fetch`; the file does not pass `check`, or differs from its record; the json file is not
+            readable.
     """
     path, checksums = Path(path), Path(checksums)
     key = Path(os.path.relpath(path.resolve(), checksums.resolve().parent)).as_posix()
@@ -168,7 +177,10 @@ def fetch_recorded(url: str, path: Path | str, checksums: Path | str, **options:
         with locked(lock, f"the download of {path}", wait=True, keep=False):
             records = _read_records(checksums)  # again: another process may have added to it
             if key not in records:
+                was_there = path.exists()
                 fetch(url, path, **options)
+                if check is not None:
+                    _prove(path, url, check, was_there)
                 record = {"url": url, "size": path.stat().st_size, "sha256": file_hash(path, "sha256")}
                 write_json(checksums, records | {key: record})
                 return path
@@ -177,6 +189,22 @@ def fetch_recorded(url: str, path: Path | str, checksums: Path | str, **options:
         return fetch(url, path, sha256=record["sha256"], size=record["size"], **options)
     except ChecksumError as error:
         raise ChecksumError(f"{error}; or, to accept the change, remove '{key}' from {checksums}") from error
+
+
+def _prove(path: Path, url: str, check: Callable[[Path], Any], was_there: bool) -> None:
+    """Raises DownloadError for a file that is not what it should be; one that was just fetched is removed."""
+    try:
+        check(path)
+    except ValueError as error:
+        if was_there:
+            message = f"{error}; put the right file there, or delete it to have it downloaded from {url}"
+        else:
+            path.unlink()
+            message = (
+                f"{url}: what arrived is not the file that is published there ({error}); it was removed, run again "
+                f"later, or put a copy fetched by other means at {path.absolute()}"
+            )
+        raise DownloadError(message) from error
 
 
 def mismatch(path: Path, *, sha256: str | None = None, md5: str | None = None, size: int | None = None) -> str | None:

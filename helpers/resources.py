@@ -1,17 +1,24 @@
 """Files of the published system that are fetched when they are first needed, into `resources/`."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from datasets.files import locked
+import torch
+
+from datasets.files import ContentError
 from datasets.impulse_responses import MICIRP_URL
 from datasets.tau import SUBSET_URL
-from datasets.teacher_logits import TEACHER_LOGITS_URL
+from datasets.teacher_logits import TEACHER_LOGITS_URL, is_logits, read_logits_file
+from datasets.torch_file import read_torch_file
 from helpers.download import fetch, fetch_recorded
+from helpers.published import recognise
+from models import get_model
+from models.beats import differences
 from models.passt import ARCHITECTURES, RELEASES
-from models.teachers import RELEASE, TEACHERS
+from models.teachers import RELEASE, TEACHERS, Teacher
 
 PUBLISHED_RUN = "c0a7nzin"
 PUBLISHED_URL = (
@@ -29,32 +36,32 @@ def micirp_folder(folder: Path = RESOURCES / "dirs", url: str = MICIRP_URL) -> P
     """The folder of the 66 MicIRP responses, fetched and checked against resources/micirp.sha256 where missing."""
     lines = (RESOURCES / "micirp.sha256").read_text(encoding="utf-8").splitlines()
     wanted = {file: digest for digest, file in (line.split(maxsplit=1) for line in lines)}
-    with _alone(*(folder / file for file in wanted)) as missing:
-        if missing:
-            log.info("fetching %d MicIRP impulse responses (Creative Commons) into %s", len(missing), folder)
-        for file, digest in wanted.items():
-            fetch(f"{url}/{file.replace('&', '%26')}", folder / file, sha256=digest, progress=False)
+    missing = [file for file in wanted if not (folder / file).is_file()]
+    if missing:
+        log.info("fetching %d MicIRP impulse responses (Creative Commons) into %s", len(missing), folder)
+    for file, digest in wanted.items():
+        fetch(f"{url}/{file.replace('&', '%26')}", folder / file, sha256=digest, progress=False)
     return folder
 
 
 def teacher_logits_file(folder: Path = RESOURCES, url: str = TEACHER_LOGITS_URL) -> Path:
-    """The published ensemble's logits for TAU22; size and checksum are recorded at the first download."""
-    return _recorded(url, folder / "ensemble_logits.pt")
+    """The published ensemble's logits for TAU22; size and checksum are recorded once it has loaded."""
+    return _recorded(url, folder / "ensemble_logits.pt", _check_logits)
 
 
 def teacher_file(name: str, folder: Path = RESOURCES, url: str = RELEASE) -> Path:
-    """The weights of a published teacher; size and checksum are recorded at the first download.
+    """The weights of a published teacher; size and checksum are recorded once it has loaded.
 
     Args:
         name: key of models.teachers.TEACHERS.
         url: of the folder that the file is in.
     """
-    file = TEACHERS[name].file
-    return _recorded(f"{url}/{file}", folder / file)
+    teacher = TEACHERS[name]
+    return _recorded(f"{url}/{teacher.file}", folder / teacher.file, partial(_check_teacher, teacher))
 
 
 def passt_file(arch: str, folder: Path = RESOURCES, url: str = RELEASES) -> Path:
-    """PaSST's weights from AudioSet; size and checksum are recorded at the first download.
+    """PaSST's weights from AudioSet; size and checksum are recorded once it has loaded.
 
     Raises:
         ValueError: for an architecture without such weights.
@@ -62,32 +69,57 @@ def passt_file(arch: str, folder: Path = RESOURCES, url: str = RELEASES) -> Path
     weights = ARCHITECTURES[arch].weights
     if weights is None:
         raise ValueError(f"{arch} has no weights from AudioSet: name a file with --pretrained, or none")
-    return _recorded(f"{url}/{weights}", folder / Path(weights).name)
+    return _recorded(f"{url}/{weights}", folder / Path(weights).name, _check_passt)
 
 
 def subset_file(subset: int, folder: Path = RESOURCES / "split_setup", url: str = SUBSET_URL) -> Path:
     """The list of one of TAU22's data-efficient training splits."""
-    return _recorded(url.format(subset=subset), folder / f"split{subset}.csv")
+    return _recorded(url.format(subset=subset), folder / f"split{subset}.csv", _check_list)
 
 
 def published_checkpoint(folder: Path = RESOURCES, url: str = PUBLISHED_URL) -> Path:
     """The published CP-Mobile student, fetched when missing."""
-    path = folder / f"{PUBLISHED_RUN}.ckpt"
-    with _alone(path):
-        return fetch(url, path, sha256=PUBLISHED_SHA256)
+    return fetch(url, folder / f"{PUBLISHED_RUN}.ckpt", sha256=PUBLISHED_SHA256)
 
 
-def _recorded(url: str, path: Path) -> Path:
-    with _alone(path):
-        return fetch_recorded(url, path, path.with_name("checksums.json"))
+def _recorded(url: str, path: Path, check: Callable[[Path], Any]) -> Path:
+    return fetch_recorded(url, path, path.with_name("checksums.json"), check)
 
 
-@contextmanager
-def _alone(*paths: Path) -> Iterator[list[Path]]:
-    """Those of the files in one folder that are missing, for one process at a time: the others wait, and find them."""
-    if all(path.is_file() for path in paths):
-        yield []
-        return
-    folder = paths[0].parent
-    with locked(folder / ".lock", f"the folder {folder}", wait=True):
-        yield [path for path in paths if not path.is_file()]
+def _check_logits(path: Path) -> None:
+    try:
+        if not is_logits(read_logits_file(path)):
+            raise ContentError("holds other things")
+    except ContentError as error:
+        raise ContentError(f"{path} is no file of teacher logits: {error}") from error
+
+
+def _weights(path: Path) -> Mapping[str, Any]:
+    try:
+        content = read_torch_file(path)
+        if not isinstance(content, Mapping):
+            raise ContentError(f"holds a {type(content).__name__}")
+    except ContentError as error:
+        raise ContentError(f"{path} {error}") from error
+    return content
+
+
+def _check_teacher(teacher: Teacher, path: Path) -> None:
+    state = _weights(path)
+    with torch.device("meta"):  # names and shapes are all that is wanted
+        expected = get_model(teacher.architecture, **teacher.options).state_dict()
+    if what := differences(state, expected):
+        raise ContentError(f"{path} is not the {teacher.architecture}: {what}")
+
+
+def _check_passt(path: Path) -> None:
+    name = recognise(path, _weights(path))["model"]["name"]
+    if name != "passt":
+        raise ContentError(f"{path} holds a {name} network")
+
+
+def _check_list(path: Path) -> None:
+    with path.open("rb") as file:
+        header = file.readline(1000)
+    if b"filename" not in header.removeprefix(b"\xef\xbb\xbf").strip().split(b"\t"):
+        raise ContentError(f"{path} is no list of clips: its first line names no column filename")

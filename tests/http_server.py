@@ -48,7 +48,10 @@ class Served:
 
 
 class FileServer:
-    """Serves `files` (path -> Served) while its `with` block runs; `requests` lists (path, headers) of what came in."""
+    """Serves `files` (path -> Served, "*" for all others) while its `with` block runs.
+
+    `requests` lists (path, headers) of what came in.
+    """
 
     def __init__(self, files: dict[str, Served] | None = None):
         self.files = files or {}
@@ -86,7 +89,7 @@ class FileServer:
         return [headers.get("Range") for asked, headers in self.requests if asked == path]
 
     def _answer(self, request: BaseHTTPRequestHandler) -> None:
-        served = self.files.get(request.path)
+        served = self.files.get(request.path, self.files.get("*"))
         if served is None:
             request.send_error(404)
             return

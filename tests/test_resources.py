@@ -48,6 +48,49 @@ def test_swapped_teacher_logits_are_noticed(tmp_path):
             resources.teacher_logits_file(tmp_path / "r", server.url("/logits.pt"))
 
 
+PAGE = b'{"message": "not found", "status": 404}'
+
+
+@pytest.mark.parametrize(
+    "find, name, good",
+    [
+        (resources.teacher_logits_file, "ensemble_logits.pt", None),
+        (
+            lambda folder, url: resources.subset_file(5, folder, url),
+            "split5.csv",
+            b"filename\tscene_label\na.wav\tbus\n",
+        ),
+        (lambda folder, url: resources.passt_file("passt_s_swa_p16_128_ap476", folder, url), "passt-s-*.pt", None),
+    ],
+    ids=["logits", "split", "passt"],
+)
+def test_an_error_page_is_never_recorded(tmp_path, find, name, good):
+    folder = tmp_path / "r"
+    served = Served(PAGE, content_type="text/plain")
+    with FileServer({"*": served}) as server:
+        with pytest.raises(DownloadError, match="not the file that is published there") as caught:
+            find(folder, server.url("/x"))
+        assert "weights_only" not in str(caught.value) and list(folder.iterdir()) == []
+        folder.mkdir(exist_ok=True)
+        served.content_type = "application/json"
+        with pytest.raises(DownloadError, match="JSON message instead of"):
+            find(folder, server.url("/x"))
+        assert list(folder.iterdir()) == []
+        if good is not None:
+            served.content, served.content_type = good, "text/csv"
+            assert find(folder, server.url("/x")).match(name)
+            assert (folder / "checksums.json").is_file()
+
+
+def test_a_wrong_file_put_there_by_hand_is_named_and_kept(tmp_path):
+    (tmp_path / "ensemble_logits.pt").write_bytes(PAGE)
+    with pytest.raises(
+        DownloadError, match=r"ensemble_logits\.pt is no file of teacher logits.*put the right file there"
+    ):
+        resources.teacher_logits_file(tmp_path, "http://127.0.0.1:9/x")
+    assert [path.name for path in tmp_path.iterdir()] == ["ensemble_logits.pt"]
+
+
 def test_two_processes_that_need_a_file_fetch_it_once(tmp_path, monkeypatch):
     """As the first processes of two machines do, at the same moment: the second waits."""
     content = io.BytesIO()
