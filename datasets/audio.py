@@ -112,8 +112,19 @@ def open_audio(path: Path, remedy: str = EXTRACT) -> Iterator[soundfile.SoundFil
         raise
     # What soundfile raises for damaged files: its own errors, and those of its own checks.
     except (soundfile.SoundFileError, OSError, ValueError, TypeError, RuntimeError, AssertionError) as error:
+        if (denied := _denied(path)) is not None:
+            raise DataError(f"{path} cannot be read: {denied}") from error
         reason = str(error).rstrip(".").rsplit(": ", 1)[-1] or type(error).__name__
         raise DataError(f"{path} cannot be read as audio ({reason}): {remedy}") from error
+
+
+def _denied(path: Path) -> str | None:
+    """Why the system does not let a file be read, which soundfile does not tell; None when it does."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def read_blocks(file: soundfile.SoundFile, dtype: str = "float32") -> Iterator[np.ndarray]:

@@ -157,7 +157,8 @@ def load_responses(
     meta = data.meta
     if config.dir_prob == 0:
         return [], None
-    responses = read_impulse_responses(responses_folder(config, data, data_config), data.store.sample_rate)
+    folder = responses_folder(config, data, data_config)
+    responses = read_impulse_responses(folder, data.store.sample_rate, data.store.n_samples)
     if config.dir_devices == "all":
         return responses, None
     if config.dir_devices == "auto":
