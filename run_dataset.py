@@ -27,7 +27,9 @@ def make_parser() -> cli.Parser:
     download = commands.add_parser("download", help="fetch and extract TAU22's development set", description=TAU22_PAGE)
     download.add_argument("--dataset_dir", default=".", help="folder that will hold the data set's own folder")
     download.add_argument("--keep_archives", action=cli.OnOff, help="do not delete archives once extracted")
-    download.add_argument("--record", type=cli.number(int, 1), default=TAU22_RECORD, help="number of the Zenodo record")
+    download.add_argument(
+        "--record", type=cli.number(int, 1, 10**12), default=TAU22_RECORD, help="number of the Zenodo record"
+    )
     download.add_argument("--zenodo_api", default=ZENODO_API, help="address of Zenodo's API")
 
     doctor = commands.add_parser("check", help="examine a data set; exit status 1 when something is wrong")
