@@ -1,6 +1,7 @@
 """From a checkpoint's network to files that run outside PyTorch, and what these files say about themselves."""
 
 import json
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -68,7 +69,8 @@ def whole(network: nn.Module, frontend: nn.Module, n_samples: int, store_matrice
             f"front end {type(frontend).__name__} has no form for files: export the network alone (--inputs network)"
         )
     try:
-        return nn.Sequential(CpMelExport(frontend, n_samples, store_matrices), network).eval()
+        form = CpMelExport(frontend, n_samples, store_matrices)
+        return nn.Sequential(OrderedDict(frontend=form, network=network)).eval()
     except ValueError as error:
         raise ExportError(f"the front end does not take clips of {n_samples} samples: {error}") from error
 

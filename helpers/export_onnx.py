@@ -6,8 +6,8 @@ hold exactly as 16 bits, and leaves out everything that only describes where a n
 
 import copy
 import logging
-import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +19,19 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxscript import opset20 as op
 from torch import Tensor, nn
 
-from models.integer import IntConv
+from datasets.files import replacing
+from models.integer import IntConv, IntSums
 
 DEPTHWISE_LANES = 16  # ONNX Runtime's depthwise int8 kernel takes so many channels at once, the rest one by one
+IR_VERSION = 9  # of the file format, the oldest for opset 20: ONNX Runtime 1.17 reads it
 MIN_COMPACT_VALUES = 8  # smaller constants are not worth a cast
+# What the inputs of an operator are called, and its output.
+ROLES = {
+    "Conv": ("input", "weight", "bias"),
+    "QuantizeLinear": ("input", "scale", "zero"),
+    "DequantizeLinear": ("input", "scale", "zero"),
+}
+SHORT = {"QuantizeLinear": "q", "DequantizeLinear": "dq", "GlobalAveragePool": "mean", "ReduceMean": "mean"}
 
 
 def export_onnx(model: nn.Module, example: Tensor, path: Path, input_name: str, metadata: Mapping[str, str]) -> Path:
@@ -33,7 +42,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, input_name: str, 
         example: an input of the final shape and type; its batch size does not matter.
         metadata: goes into the file's metadata.
     """
-    model = pad_depthwise(model)
+    model = fix_biases(pad_depthwise(model), example[:1])
     table = {
         torch.ops.asc.quantize.default: _quantize,
         torch.ops.asc.dequantize.default: _dequantize,
@@ -47,17 +56,14 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, input_name: str, 
         )  # fmt: skip
     proto = program.model_proto
     _use_global_pool(proto.graph)
+    _write_zero_points(proto.graph)
     _store_weights_small(proto.graph)
     _strip(proto)
+    proto.ir_version = IR_VERSION
     helper.set_model_props(proto, dict(metadata))
     onnx.checker.check_model(proto, full_check=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(proto.SerializeToString())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path, "wb") as file:
+        file.write(proto.SerializeToString())
     return path
 
 
@@ -128,6 +134,23 @@ def pad_depthwise(model: nn.Module) -> nn.Module:
     return model
 
 
+def fix_biases(model: nn.Module, example: Tensor) -> nn.Module:
+    """Turns the biases of integer layers into whole numbers; the scale of a layer's input is known once it has run.
+
+    Runtimes that would have to round float biases by themselves do not all: ONNX Runtime before 1.21 left such
+    convolutions in float.
+    """
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, inputs: layer.fix_bias(*inputs))
+        for layer in model.modules() if isinstance(layer, IntSums)
+    ]  # fmt: skip
+    with torch.no_grad():
+        model(example)
+    for hook in hooks:
+        hook.remove()
+    return model
+
+
 def _append(weight: Tensor, n: int, dim: int) -> Tensor:
     shape = list(weight.shape)
     shape[dim] = n
@@ -145,6 +168,27 @@ def _use_global_pool(graph: onnx.GraphProto) -> None:
             node.op_type = "GlobalAveragePool"
             del node.input[1:]
             del node.attribute[:]
+
+
+def _write_zero_points(graph: onnx.GraphProto) -> None:
+    """Gives weights and biases in integers zero points of 0, each its own.
+
+    ONNX Runtime's exact mode (session.x64quantprecision) needs them, and makes unsigned weights of signed ones in their
+    place: two layers must not share a tensor, which the exporter makes of two with the same values.
+    """
+    stored = {initializer.name: initializer for initializer in graph.initializer}
+    seen: set[str] = set()
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in stored or len(node.input) > 2:
+            continue
+        values = numpy_helper.to_array(stored[node.input[0]])
+        if node.input[0] in seen:
+            node.input[0] = f"{node.input[0]}_{len(seen)}"
+            graph.initializer.append(numpy_helper.from_array(values, node.input[0]))
+        seen.add(node.input[0])
+        zeros = np.zeros(len(values), values.dtype)
+        node.input.append(f"{node.input[0]}_zero")
+        graph.initializer.append(numpy_helper.from_array(zeros, node.input[2]))
 
 
 def _store_weights_small(graph: onnx.GraphProto) -> None:
@@ -171,28 +215,52 @@ def _store_weights_small(graph: onnx.GraphProto) -> None:
     graph.node.extend(nodes)
 
 
+def _name_by_layer(graph: onnx.GraphProto) -> None:
+    """Names nodes after the modules that they come from, `stages.s1.b1.block.0/Conv`, and values after their operator.
+
+    Parameters keep their names, other constants are called by what they are and numbered; values are numbered too: the
+    longest names a file has are needed once.
+    """
+    new = {value.name: value.name for value in [*graph.input, *graph.output]} | {"": ""}
+    new |= {initializer.name: initializer.name for initializer in graph.initializer if "." in initializer.name}
+    counts, modules = Counter(), Counter()
+
+    def rename(old: str, kind: str) -> None:
+        if old not in new:
+            counts[kind] += 1
+            new[old] = f"{kind}_{counts[kind]}"
+
+    for node in graph.node:
+        roles = ROLES.get(node.op_type, ())
+        for i, name in enumerate(node.input):  # not known yet: a constant
+            rename(name, roles[i] if i < len(roles) else "constant")
+        for name in node.output:
+            rename(name, SHORT.get(node.op_type, node.op_type.lower()))
+        scopes = next((entry.value for entry in node.metadata_props if entry.key == "namespace"), "")
+        module = scopes.split("/")[-2].split(":")[0].strip() if "/" in scopes else ""
+        name = f"{module}/{node.op_type}" if module else node.op_type
+        modules[name] += 1
+        node.name = name if modules[name] == 1 else f"{name}_{modules[name]}"
+        for names in (node.input, node.output):
+            names[:] = [new[name] for name in names]
+    for initializer in graph.initializer:
+        initializer.name = new[initializer.name]
+
+
 def _strip(proto: onnx.ModelProto) -> None:
-    """Takes out traces of the exporter and gives constants and inner values short names."""
+    """Takes out traces of the exporter and what nobody uses."""
     graph = proto.graph
     opset = next(opset.version for opset in proto.opset_import if not opset.domain)
-    keep = {value.name for value in [*graph.input, *graph.output]}
     used = {name for node in graph.node for name in node.input}
     unused = [initializer for initializer in graph.initializer if initializer.name not in used]
     for initializer in unused:
         graph.initializer.remove(initializer)
-    short: dict[str, str] = {name: name for name in keep} | {"": ""}
-
-    def rename(name: str) -> str:
-        return short.setdefault(name, f"{len(short):x}")
-
+    _name_by_layer(graph)
     for initializer in graph.initializer:
-        initializer.name = rename(initializer.name)
         initializer.doc_string = ""
         del initializer.metadata_props[:]
     for node in graph.node:
-        for names in (node.input, node.output):
-            names[:] = [rename(name) for name in names]
-        node.name, node.doc_string = "", ""
+        node.doc_string = ""
         defaults = onnx.defs.get_schema(node.op_type, opset).attributes
         for attribute in list(node.attribute):
             if attribute.name in defaults and defaults[attribute.name].default_value == attribute:

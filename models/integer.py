@@ -77,15 +77,68 @@ def _fma(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     return (x.double() * y.double() + z.double()).float()
 
 
-class IntConv(nn.Module):
+class IntSums(nn.Module):
+    """A convolution in 32-bit sums: `weight` int8, `weight_scale` float32 and `bias` float16, by output channel.
+
+    Args:
+        output: scale and zero point; a ReLU is a zero point of -128.
+        input: scale and zero point of a float input that is to be rounded first.
+    """
+
+    def __init__(
+        self, stride: Sequence[int], padding: Sequence[int], groups: int, output: Constants,
+        input: Constants | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.stride, self.padding, self.groups = tuple(stride), tuple(padding), groups
+        self.input, self.output = input, output
+        self.register_buffer("whole_bias", None)  # int32, in units of the sums; set by `fix_bias`
+        self.register_buffer("step", None)  # float32, what one unit stands for
+
+    def forward(self, x: Tensor | QTensor) -> QTensor:
+        if self.input is not None:
+            x = QTensor(quantize(x, *self.input), *self.input)
+        step = self.weight_scale * x.scale if isinstance(x, QTensor) else None  # what one unit of the sums stands for
+        if step is None or torch.compiler.is_exporting():
+            return self._in_float(x.dequantize() if isinstance(x, QTensor) else x)
+        bias = self._bias_in(step)
+        largest = LEVELS * self.weight.float().abs().sum(dim=(1, 2, 3)).max() + bias.abs().max()
+        # A GPU's convolutions may round float32 products.
+        exact = torch.float32 if largest < EXACT_FLOAT32 and self.weight.device.type == "cpu" else torch.float64
+        sums = self._convolve(x.integers().to(exact), self.weight.to(exact), bias.to(exact))
+        return _requantize(sums, (step / self.output[0])[:, None, None], *self.output)
+
+    def fix_bias(self, x: Tensor | QTensor) -> None:
+        """From here on exported as a whole number, int32 in units of the sums; `x` is an input, for its scale."""
+        scale = x.scale if isinstance(x, QTensor) else self.input and self.input[0]
+        if scale is not None:
+            self.step = self.weight_scale * scale
+            self.whole_bias = self._bias_in(self.step).to(torch.int32)
+
+    def _bias_in(self, step: Tensor) -> Tensor:
+        return torch.round(self.bias.float() / step)
+
+    def _in_float(self, x: Tensor) -> QTensor:
+        # A GPU would round the factors to TF32; on a CPU float32 sums are those of ONNX Runtime.
+        wide = torch.float32 if x.device.type == "cpu" or torch.compiler.is_exporting() else torch.float64
+        weight = dequantize_channels(self.weight, self.weight_scale).to(wide)
+        bias = self.bias if self.whole_bias is None else dequantize_channels(self.whole_bias, self.step)
+        y = self._convolve(x.to(wide), weight, bias.to(wide)).float()
+        return QTensor(quantize(y, *self.output), *self.output)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        with torch.backends.nnpack.flags(enabled=False):  # its transforms round
+            return F.conv2d(x, weight, bias, self.stride, self.padding, groups=self.groups)
+
+
+class IntConv(IntSums):
     """Convolution of an int8 activation, or of a float one with int8 weights (the network's first layer).
 
     Args:
         weight: int8 (channel, ...).
         weight_scale: float32 (channel,).
         bias: float16 (channel,); rounded to the scale of the 32-bit sums in use.
-        output: scale and zero point; a ReLU is a zero point of -128.
-        input: scale and zero point of a float input that is to be rounded first.
+        output, input: as `IntSums`.
         reads_float: the input is float and stays so.
     """
 
@@ -93,58 +146,35 @@ class IntConv(nn.Module):
         self, weight: Tensor, weight_scale: Tensor, bias: Tensor, stride: Sequence[int], padding: Sequence[int],
         groups: int, output: Constants, input: Constants | None = None, reads_float: bool = False,
     ):  # fmt: skip
-        super().__init__()
+        super().__init__(stride, padding, groups, output, input)
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
-        self.stride, self.padding, self.groups = tuple(stride), tuple(padding), groups
-        self.input, self.output = input, output
         self.float_part = "reads the float spectrogram: int8 weights, float sums" if reads_float else ""
 
-    def forward(self, x: Tensor | QTensor) -> QTensor:
-        if self.input is not None:
-            x = QTensor(quantize(x, *self.input), *self.input)
-        return _convolve(
-            x, self.weight, self.weight_scale, self.bias, self.stride, self.padding, self.groups, self.output
-        )
 
-
-class IntAvgPool(nn.Module):
+class IntAvgPool(IntSums):
     """Average pool as a depthwise convolution with weights 1: that is exact, and faster than the runtimes' own."""
 
     def __init__(self, layer: AvgPool, output: Constants):
-        super().__init__()
         n, kernel = layer.n_channels, layer.kernel_size
+        super().__init__(layer.stride, (layer.padding, layer.padding), n, output)
+        # Nothing that was learned: these names do not count as parameters.
         self.register_buffer("ones", torch.ones(n, 1, kernel, kernel, dtype=torch.int8))
         self.register_buffer("share", torch.full((n,), 1 / kernel**2))
         self.register_buffer("zeros", torch.zeros(n, dtype=torch.float16))
-        self.n_channels, self.output = n, output
-        self.stride, self.padding = layer.stride, (layer.padding, layer.padding)
 
-    def forward(self, x: QTensor) -> QTensor:
-        return _convolve(x, self.ones, self.share, self.zeros, self.stride, self.padding, self.n_channels, self.output)
+    @property
+    def weight(self) -> Tensor:
+        return self.ones
 
+    @property
+    def weight_scale(self) -> Tensor:
+        return self.share
 
-def _convolve(
-    x: Tensor | QTensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, stride: Sequence[int],
-    padding: Sequence[int], groups: int, output: Constants,
-) -> QTensor:  # fmt: skip
-    if isinstance(x, Tensor) or torch.compiler.is_exporting():
-        x = x.dequantize() if isinstance(x, QTensor) else x
-        # A GPU would round the factors to TF32; on a CPU float32 sums are those of ONNX Runtime.
-        wide = torch.float32 if x.device.type == "cpu" or torch.compiler.is_exporting() else torch.float64
-        scaled = dequantize_channels(weight, weight_scale).to(wide)
-        with torch.backends.nnpack.flags(enabled=False):  # its transforms round
-            y = F.conv2d(x.to(wide), scaled, bias.to(wide), stride, padding, groups=groups).float()
-        return QTensor(quantize(y, *output), *output)
-    step = weight_scale * x.scale  # what one unit of the sums stands for
-    bias = torch.round(bias.float() / step)
-    largest = LEVELS * weight.float().abs().sum(dim=(1, 2, 3)).max() + bias.abs().max()
-    # A GPU's convolutions may round float32 products.
-    exact = torch.float32 if largest < EXACT_FLOAT32 and weight.device.type == "cpu" else torch.float64
-    with torch.backends.nnpack.flags(enabled=False):  # its transforms round
-        sums = F.conv2d(x.integers().to(exact), weight.to(exact), bias.to(exact), stride, padding, groups=groups)
-    return _requantize(sums, (step / output[0])[:, None, None], *output)
+    @property
+    def bias(self) -> Tensor:
+        return self.zeros
 
 
 class IntAdd(nn.Module):

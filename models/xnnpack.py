@@ -28,6 +28,7 @@ from models.integer import (
     IntConv,
     IntGlobalMean,
     IntResponseNorm,
+    IntSums,
     QTensor,
     dequantize_channels,
 )
@@ -75,14 +76,10 @@ def _dequantize(x: QTensor) -> Tensor:
 class XnnConv(nn.Module):
     """Integer convolution, or average pool as one; with float weights where its input is float."""
 
-    def __init__(self, layer: IntConv | IntAvgPool, x: Tensor | QTensor):
+    def __init__(self, layer: IntSums, x: Tensor | QTensor):
         super().__init__()
-        if isinstance(layer, IntAvgPool):
-            weight, scale, bias = layer.ones, layer.share, layer.zeros
-            self.groups, self.input = layer.n_channels, None
-        else:
-            weight, scale, bias = layer.weight, layer.weight_scale, layer.bias
-            self.groups, self.input = layer.groups, layer.input
+        weight, scale, bias = layer.weight, layer.weight_scale, layer.bias
+        self.groups, self.input = layer.groups, layer.input
         self.stride, self.padding, self.output = layer.stride, layer.padding, layer.output
         if self.input is not None:
             x = _quantize(x, self.input)
