@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.audio import read_audio
+from datasets.files import replacing
 from datasets.tau import RECORDING_DEVICES, DataError
 from helpers import cli, parity
 from helpers.checkpoint import CheckpointError, LoadedModel, load_model
@@ -33,12 +34,13 @@ from helpers.complexity import table as complexity_table
 from helpers.data import DataConfig, load_data
 from helpers.export import activation_bytes, example_input, write_executorch, write_onnx
 from helpers.export_executorch import run_program
-from helpers.quantization import convert, float_layers, float_network, for_target
+from helpers.quantization import convert, float_layers, float_network, for_target, overflowing_layers, step_of_logits
 from helpers.runs import source_checkpoint
 from helpers.stated import add_stated_options, believe
 
 log = logging.getLogger(__name__)
 
+EXACT, HERE = ", exact integers", ", as this CPU computes"  # two ways to run an int8 file
 PRECISIONS = {"fp32": ("fp32", "fp16"), "fp16": ("fp16",), "int8": ("fp32", "int8")}  # of a checkpoint: of its files
 
 
@@ -48,9 +50,11 @@ class File:
     precision: str
     takes_waveform: bool
 
-    def run(self, waveform: Tensor, log_mel: Tensor) -> Tensor:
+    def run(self, waveform: Tensor, log_mel: Tensor, exact: bool = False) -> Tensor:
         inputs = waveform if self.takes_waveform else log_mel
-        return run_program(self.path, inputs) if self.path.suffix == ".pte" else parity.run_onnx(self.path, inputs)
+        if self.path.suffix == ".pte":
+            return run_program(self.path, inputs)
+        return parity.run_onnx(self.path, inputs, exact=exact)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -104,7 +108,9 @@ def main(argv: list[str] | None = None) -> int:
     lines = [f"{type(source).__name__} on {shape} (channel, mel, time), one second:", complexity_table(report)]
     if "int8" in precisions:
         stored = measure(networks["int8"], shape).trained.stored_bytes
-        lines.append(f"\nstored in 8 bits (biases in 16): {stored:,} bytes; what computes in float:")
+        lines.append(
+            f"\nstored in 8 bits (biases in 16, files write them in 32): {stored:,} bytes; what computes in float:"
+        )
         lines += [f"  {name or 'network'}: {what}" for name, what in float_layers(networks["int8"])]
     print("\n".join(lines))
     if args.enforce_limits:
@@ -113,14 +119,38 @@ def main(argv: list[str] | None = None) -> int:
     files = write_files(args, loaded, networks, precisions, n_samples, out_dir)
     waveform, devices = parity_clips(args, loaded, n_samples)
     comparisons = compare_forms(loaded, networks, files, waveform, devices)
-    text = f"# Parity of {path}\n\n{len(waveform)} clips; logits.\n\n{parity.table(comparisons)}\n"
-    (out_dir / "parity.md").write_text(text, encoding="utf-8")
-    print(f"\n{parity.table(comparisons)}\n\n{sizes(args, files, waveform, loaded, report)}")
+    text = parity.table(comparisons)
+    if "int8" in precisions:
+        text += f"\n\n{overflow_line(networks['int8'])}"
+    with replacing(out_dir / "parity.md") as report_file:
+        report_file.write(f"# Parity of {path}\n\n{len(waveform)} clips; logits.\n\n{text}\n")
+    print(f"\n{text}\n\n{sizes(args, files, waveform, loaded, report)}")
     print(f"\nfiles and parity.md are in {out_dir}")
-    failed = [comparison.name for comparison in comparisons if not comparison.passes]
-    if failed:
-        print(f"error: parity fails for {', '.join(failed)}: do not use these files", file=sys.stderr)
-    return 1 if failed else 0
+    wrong = [comparison.name for comparison in comparisons if not comparison.passes]
+    here = [name for name in wrong if name.endswith(HERE) and name.replace(HERE, EXACT) not in wrong]
+    wrong = [name for name in wrong if name not in here]
+    if wrong:
+        print(f"error: parity fails for {', '.join(wrong)}: do not use these files", file=sys.stderr)
+    if here:
+        print(
+            f"error: parity fails for {', '.join(here)}: this CPU adds 8-bit products in 16 bits; quantize again with "
+            "--limit_pairs (the default of run_qat.py) or --reduced_range, or run the file in ONNX Runtime's session "
+            "option session.x64quantprecision=1",
+            file=sys.stderr,
+        )
+    return 1 if wrong or here else 0
+
+
+def overflow_line(network: nn.Module) -> str:
+    """Whether CPUs that add 8-bit products in 16 bits give the logits of the integer network, in words."""
+    layers = overflowing_layers(network)
+    if not layers:
+        return "No pair of int8 weights can overflow 16 bits: x86 CPUs without VNNI give the same logits as others."
+    where = ", ".join(f"{name} ({n})" for name, n in layers[:3]) + (", ..." if len(layers) > 3 else "")
+    return (
+        f"{sum(n for _, n in layers)} pairs of int8 weights can overflow 16 bits, in {where}: x86 CPUs without VNNI "
+        "may give other logits; quantize with --limit_pairs or --reduced_range for them."
+    )
 
 
 def clip_length(args: argparse.Namespace, loaded: LoadedModel, path: Path) -> int:
@@ -176,10 +206,17 @@ def parity_clips(args: argparse.Namespace, loaded: LoadedModel, n_samples: int) 
     """Clips (clip, sample) and their recording devices."""
     rate = loaded.frontend.config.sample_rate
     if args.clips:
-        paths = sorted(Path(args.clips).rglob("*.wav"))[: args.n_clips]
+        paths = [path for path in Path(args.clips).rglob("*") if path.suffix.lower() == ".wav"]
+        paths = sorted(path for path in paths if not path.name.startswith("."))[: args.n_clips]  # Macs leave ._x.wav
+        if not Path(args.clips).is_dir():
+            raise DataError(f"--clips {args.clips} is no folder: name the folder of the wav files")
         if not paths:
             raise DataError(f"--clips {args.clips}: no wav files there")
-        clips = [torch.from_numpy(read_audio(path, rate)).float() for path in paths]
+        remedy = "remove it from the folder of --clips, or put a good one in its place"
+        clips = [torch.from_numpy(read_audio(path, rate, remedy=remedy)).float() for path in paths]
+        for path, clip in zip(paths, clips, strict=True):
+            if len(clip) == 0:
+                raise DataError(f"{path} holds no samples: {remedy}")
         clips = [clip.repeat(-(-n_samples // len(clip)))[:n_samples] for clip in clips]
         names = [path.stem.rsplit("-", 1)[-1] for path in paths]
         return torch.stack(clips), [name if name in RECORDING_DEVICES else "unknown" for name in names]
@@ -206,6 +243,7 @@ def compare_forms(
     def add(name: str, values: Tensor, reference: str, reference_values: Tensor, tolerance: parity.Tolerance | None):
         comparisons.append(parity.compare(name, values, reference, reference_values, recording_devices, tolerance))
 
+    integer = parity.integer_tolerance(len(waveform), step_of_logits(networks["int8"])) if "int8" in networks else None
     if "int8" in networks:
         add("PyTorch, fake quantization", loaded.model(log_mel), "PyTorch fp32", logits["fp32"], None)
         add("PyTorch, integers", logits["int8"], "PyTorch, fake quantization", loaded.model(log_mel), parity.ROUNDING)
@@ -213,11 +251,15 @@ def compare_forms(
         tolerance = {
             ("fp32", False): parity.FLOAT, ("fp32", True): parity.FLOAT_FRONTEND,
             ("fp16", False): parity.HALF, ("fp16", True): parity.HALF,
-            ("int8", False): parity.INTEGER if file.path.suffix == ".onnx" else parity.INTEGER_PROGRAM,
+            ("int8", False): integer if file.path.suffix == ".onnx" else parity.INTEGER_PROGRAM,
             ("int8", True): parity.ROUNDING,
         }[file.precision, file.takes_waveform]  # fmt: skip
         reference = {"int8": "PyTorch, integers"}.get(file.precision, f"PyTorch {file.precision}")
-        add(file.path.name, file.run(waveform, log_mel), reference, logits[file.precision], tolerance)
+        if tolerance is integer:
+            exact = file.run(waveform, log_mel, exact=True)
+            add(f"{file.path.name}{EXACT}", exact, reference, logits[file.precision], tolerance)
+        name = file.path.name + (HERE if tolerance is integer else "")
+        add(name, file.run(waveform, log_mel), reference, logits[file.precision], tolerance)
     return comparisons
 
 

@@ -117,6 +117,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         quant_config = cli.config_from(args, QuantConfig)
         data_config = cli.config_from(args, DataConfig)
         augment_config = cli.config_from(args, AugmentConfig)
+    if args.ptq is not None and args.precision == "fp16":
+        parser.error("--ptq chooses ranges of 8-bit integers, half precision has none: leave one of them away")
     if trains and args.freeze_params_epochs > args.n_epochs:
         parser.error(f"--freeze_params_epochs {args.freeze_params_epochs} is more than --n_epochs {args.n_epochs}")
 

@@ -14,7 +14,7 @@ from helpers.errors import ExportError
 from helpers.export_executorch import export_executorch
 from helpers.export_onnx import export_onnx
 from models.blocks import fold
-from models.mel import LOG_OFFSET, SCALE, SHIFT, CpMel
+from models.mel import CpMel
 from models.mel_export import CpMelExport
 
 WAVEFORM, LOG_MEL = "waveform", "log_mel"  # names of the two kinds of input
@@ -36,7 +36,7 @@ def describe_file(frontend: nn.Module, scenes: Sequence[str], n_samples: int, pr
         "waveform": "(batch, sample) float32 in -1 .. 1, mono",
         "output": "logits (batch, class) before softmax, in the order of labels",
         "frontend": json.dumps({"name": type(frontend).__name__, **asdict(frontend.config)}),
-        "normalisation": f"log_mel = (ln(power + {LOG_OFFSET:g}) + {SHIFT:g}) / {SCALE:g}",
+        "normalisation": frontend.normalisation,
     }
 
 

@@ -36,13 +36,23 @@ FLOAT = Tolerance(largest=1e-3, mean=1e-4, agreement=1.0)
 # Another way to the same spectrogram; loud narrow tones differ by up to 3e-3 in it.
 FLOAT_FRONTEND = Tolerance(largest=5e-2, mean=2e-3, agreement=0.99)
 HALF = Tolerance(largest=0.2, mean=2e-2, agreement=0.95)
-# The same integers, but for the first convolution: its sums are float, and one on a tie may round either way, which
-# moves the logits of that clip.
-INTEGER = Tolerance(largest=None, mean=1e-3, agreement=0.99)
 # XNNPACK rounds halves of sums the other way.
 INTEGER_PROGRAM = Tolerance(largest=None, mean=0.05, agreement=0.98)
 # The same network with roundings that fall the other way here and there: the noise of 8 bits, seen from inside.
 ROUNDING = Tolerance(largest=None, mean=0.15, agreement=0.95)
+TIES = 0.01  # share of the clips in which a sum of the first convolution, which is float, may lie on a tie
+
+
+def integer_tolerance(n_clips: int, step: float) -> Tolerance:
+    """For the same integers but where the first convolution's sum, in float, lies on a tie and rounds either way.
+
+    That moves all that follows in this clip, its logits by a part of a step; one of few clips may be such a one.
+
+    Args:
+        step: of the 8-bit values whose means are the logits.
+    """
+    n_ties = max(1.0, TIES * n_clips)
+    return Tolerance(largest=None, mean=max(1e-3, step / 4 * n_ties / n_clips), agreement=1 - max(1, n_ties) / n_clips)
 
 
 @dataclass(frozen=True)
@@ -133,16 +143,22 @@ def generated_clips(sample_rate: int, n_samples: int) -> tuple[Tensor, list[str]
     return torch.from_numpy(np.stack(clips).astype(np.float32)), devices
 
 
-def open_session(path: Path, n_threads: int = 1) -> onnxruntime.InferenceSession:
+def open_session(path: Path, n_threads: int = 1, exact: bool = False) -> onnxruntime.InferenceSession:
+    """ONNX Runtime for one file.
+
+    Args:
+        exact: 32-bit sums on every CPU, slower on x86 CPUs without VNNI; else those add 8-bit products in 16 bits.
+    """
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", str(int(exact)))
     options.intra_op_num_threads = n_threads
     options.inter_op_num_threads = 1
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def run_onnx(path: Path, inputs: Tensor, batch_size: int = 32) -> Tensor:
-    """Logits (clip, class) of an ONNX file in ONNX Runtime."""
-    session = open_session(path)
+def run_onnx(path: Path, inputs: Tensor, batch_size: int = 32, exact: bool = False) -> Tensor:
+    """Logits (clip, class) of an ONNX file in ONNX Runtime; `exact` as in `open_session`."""
+    session = open_session(path, exact=exact)
     name = session.get_inputs()[0].name
     logits = [session.run(None, {name: part.numpy()})[0] for part in inputs.split(batch_size)]
     return torch.from_numpy(np.concatenate(logits))

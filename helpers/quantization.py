@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from models.blocks import HalfPrecision
-from models.integer import LEVELS
-from models.quantized import QUANTIZED, ActivationQuantizer, QuantConfig, Switches
+from models.integer import LEVELS, IntConv
+from models.quantized import QUANTIZED, ActivationQuantizer, QuantConfig, Switches, count_overflows
 
 N_BINS = 2048
 # Layers that hand activations on unchanged.
@@ -103,6 +103,26 @@ def float_layers(network: nn.Module) -> list[tuple[str, str]]:
     """Names of the layers of an integer network that compute in float, wholly or in part, and what they do there."""
     layers = [(name, module) for name, module in network.named_modules() if hasattr(module, "float_part")]
     return [(name, module.float_part) for name, module in layers if module.float_part]
+
+
+def overflowing_layers(network: nn.Module) -> list[tuple[str, int]]:
+    """Layers of an integer network whose products x86 CPUs without VNNI may not add exactly, and in how many pairs.
+
+    A fact of the weights, whatever CPU this is: each of two neighbours times the largest activation, added in 16 bits.
+    """
+    found = []
+    for name, layer in network.named_modules():
+        if not isinstance(layer, IntConv) or layer.float_part:
+            continue
+        is_depthwise = layer.groups == len(layer.weight) and layer.weight.shape[1] == 1  # added in 32 bits
+        if not is_depthwise and (n := count_overflows(layer.weight)):
+            found.append((name, n))
+    return found
+
+
+def step_of_logits(network: nn.Module) -> float:
+    """Scale of the 8-bit values whose means are an integer network's logits."""
+    return [layer for layer in network.modules() if isinstance(layer, IntConv)][-1].output[0]
 
 
 def for_target(model: nn.Module, precision: str) -> nn.Module:

@@ -119,6 +119,12 @@ class KaldiFbank(Float32Constants):
                 self._fbank(waveform.detach().float(), fbank)
         return fbank.transpose(1, 2).unsqueeze(1)
 
+    @property
+    def normalisation(self) -> str:
+        """From the power in a band, of samples times 32768, to the output, for the metadata of files."""
+        mean, scale = self.config.dataset_mean, 2 * self.config.dataset_std
+        return f"log_mel = (ln(max(power, {POWER_FLOOR:.8g})) - {mean:.8g}) / {scale:.8g}"
+
     def _fbank(self, waveform: Tensor, out: Tensor) -> None:
         """Writes the normalised filter banks (batch, time, mel) to `out`, on a CPU a few clips at a time.
 

@@ -82,6 +82,8 @@ class CpMel(Float32Constants):
 
     # What a masked cell holds: 0 on the logarithmic scale, before normalisation.
     mask_value = SHIFT / SCALE
+    # From the power in a band to the output, for the metadata of files.
+    normalisation = f"log_mel = (ln(power + {LOG_OFFSET:g}) + {SHIFT:g}) / {SCALE:g}"
 
     def __init__(self, config: CpMelConfig):
         super().__init__()

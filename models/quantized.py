@@ -135,6 +135,13 @@ def limit_pairs(weight: Tensor) -> Tensor:
     return limited.flatten(1)[:, :n_weights].view_as(ordered).permute(0, 3, 1, 2).contiguous()
 
 
+def count_overflows(weight: Tensor) -> int:
+    """How many pairs of weights can overflow, in the sense of `limit_pairs`; arguments as there."""
+    flat = weight.int().permute(0, 2, 3, 1).flatten(1)
+    pairs = F.pad(flat, (0, flat.shape[1] % 2)).unflatten(1, (-1, 2))
+    return int((pairs.sum(dim=2).abs() > MAX_PAIR).sum())
+
+
 def paired_scale(weight: Tensor, q_max: int) -> Tensor:
     """As `weight_scale`, where `limit_pairs` follows: of 17 scales up to twice as wide that of least squared error.
 

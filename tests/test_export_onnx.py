@@ -197,10 +197,15 @@ def test_the_metadata_says_what_goes_in_and_comes_out(int8, frontend):
     assert found["precision"] == "int8"
 
 
-def test_the_normalisation_that_the_metadata_states_is_that_of_the_front_end(frontend):
-    formula = describe_file(frontend, SCENES, RATE, "int8")["normalisation"].removeprefix("log_mel = ")
-    silence = frontend(torch.zeros(1, RATE))
-    stated = eval(formula, {"ln": np.log, "power": 0.0})
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("cp_mel", {}), ("kaldi_fbank", {}), ("kaldi_fbank", {"dataset_mean": 3.0, "dataset_std": 0.7})],
+)
+def test_the_normalisation_that_the_metadata_states_is_that_of_the_front_end(name, options):
+    frontend = get_frontend(name, **options).eval()
+    formula = describe_file(frontend, SCENES, 16000, "fp32")["normalisation"].removeprefix("log_mel = ")
+    silence = frontend(torch.zeros(1, 16000))
+    stated = eval(formula, {"ln": np.log, "max": max, "power": 0.0})
     np.testing.assert_allclose(silence.numpy(), stated, rtol=1e-5)
 
 

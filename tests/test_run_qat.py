@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
+import soundfile
 import torch
 
 import run_export
@@ -162,6 +164,30 @@ def test_export_of_a_quantized_run_passes_its_own_report(here, capsys):
     assert "s5" in (run / "export/parity.md").read_text() and "in_c.0: reads the float spectrogram" in printed
 
 
+def test_an_int8_file_that_only_this_cpu_gets_wrong_names_the_remedy(here, monkeypatch, capsys):
+    run_qat.main([*DATA, *COMMON, "--wandb_id", "small", "--ptq"])
+    run = new_run(here)
+    original = run_export.parity.run_onnx
+
+    def saturating(path, inputs, exact=False):
+        return original(path, inputs, exact=exact) + (0 if exact or "fp32" in path.name else 0.3)
+
+    monkeypatch.setattr(run_export.parity, "run_onnx", saturating)
+    options = ["--wandb_id", run.name, "--latency_rounds", "0", "--inputs", "network", "--n_clips", "3"]
+    assert run_export.main(options) == 1
+    printed, error = capsys.readouterr()
+    assert "| network_int8.onnx, exact integers | PyTorch, integers |" in printed
+    assert "No pair of int8 weights can overflow 16 bits" in printed
+    assert "parity fails for network_int8.onnx, as this CPU computes: this CPU adds 8-bit products in 16 bits" in error
+    assert "--limit_pairs" in error and "do not use" not in error
+    monkeypatch.setattr(run_export.parity, "run_onnx", lambda *args, **options: original(*args, **options) + 0.3)
+    assert run_export.main(options) == 1
+    assert "network_int8.onnx, exact integers" in (error := capsys.readouterr().err) and "do not use" in error
+    monkeypatch.setattr(run_export.parity, "run_onnx", original)
+    for n_clips in ("1", "2", "6"):
+        assert run_export.main([*options[:-1], n_clips]) == 0
+
+
 def test_export_needs_no_data(here):
     assert (
         run_export.main(["--wandb_id", "small", "--latency_rounds", "0", "--out_dir", "files", "--inputs", "network"])
@@ -172,7 +198,7 @@ def test_export_needs_no_data(here):
 
 def test_export_fails_loudly_when_a_file_is_wrong(here, monkeypatch, capsys):
     original = run_export.parity.run_onnx
-    monkeypatch.setattr(run_export.parity, "run_onnx", lambda path, inputs: original(path, inputs) + 0.3)
+    monkeypatch.setattr(run_export.parity, "run_onnx", lambda path, inputs, exact=False: original(path, inputs) + 0.3)
     assert (
         run_export.main(["--wandb_id", "small", "--latency_rounds", "0", "--inputs", "network", "--precision", "fp32"])
         == 1
@@ -201,6 +227,7 @@ def test_published_run_is_found_and_later_epochs_win(shared, tmp_path):
         (run_qat, ["--wandb_id", "small", "--base_channels", "16"], "has 8"),
         (run_qat, ["--wandb_id", "small", "--n_mels", "64"], "has 32"),
         (run_qat, ["--checkpoint", "tau/meta.csv"], "is a text file"),
+        (run_qat, ["--wandb_id", "small", "--ptq", "--precision", "fp16"], "half precision has none"),
         (run_qat, ["--checkpoint", "missing.pt"], "missing.pt is missing"),
         (run_qat, ["--wandb_id", "small", "--freeze_params_epochs", "9"], "is more than --n_epochs"),
         (run_qat, ["--resume", "small"], "run_training.py --project_name DCASE23_Task1 --resume small"),
@@ -208,11 +235,30 @@ def test_published_run_is_found_and_later_epochs_win(shared, tmp_path):
         (run_export, ["--wandb_id", "small", "--sample_rate", "16000"], "works at 8000 Hz"),
         (run_export, ["--wandb_id", "small", "--clip_seconds", "0.01"], "too short for the front end"),
         (run_export, ["--wandb_id", "small", "--clips", "cache"], "no wav files"),
+        (run_export, ["--wandb_id", "small", "--clips", "nowhere"], "--clips nowhere is no folder"),
+        (run_export, ["--wandb_id", "small", "--clips", "tau/meta.csv"], "--clips tau/meta.csv is no folder"),
+        (
+            run_export,
+            ["--wandb_id", "small", "--clips", "empty"],
+            "empty/a.WAV holds no samples: remove it from the fo",
+        ),
+        (
+            run_export,
+            ["--wandb_id", "small", "--clips", "pipes"],
+            "pipes/a.wav is no regular file: remove it from the ",
+        ),
+        (run_export, ["--wandb_id", "small", "--clips", "texts"], "texts/a.wav cannot be read as audio"),
         (run_export, ["--wandb_id", "nope"], "no run nope"),
     ],
 )
 @pytest.mark.usefixtures("here")
 def test_bad_input_is_one_line_and_status_2(script, options, message, capsys, monkeypatch):
+    for folder in ("empty", "pipes", "texts"):
+        Path(folder).mkdir()
+    soundfile.write("empty/a.WAV", np.zeros(0), 8000)
+    Path("empty/._a.wav").write_bytes(b"left by a Mac")
+    os.mkfifo("pipes/a.wav")
+    Path("texts/a.wav").write_text("no sound")
     extra = [*QAT, *COMMON] if script is run_qat and "--resume" not in options else []
     monkeypatch.setattr(sys, "argv", ["script", *extra, *options])
     with pytest.raises(SystemExit) as stopped:
