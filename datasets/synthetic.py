@@ -172,10 +172,10 @@ def write_synthetic(
     }
     if _is_complete(root, manifest):
         return root
-    _refuse_other(root)
-    with locked(root / _LOCK, f"the embedded data set {root}", wait=True):
+    with locked(root / _LOCK, f"the embedded data set {root}", wait=True, keep=False):
         if _is_complete(root, manifest):  # by the process that this one has waited for
             return root
+        _refuse_other(root)
         log.info("generating the embedded data set in %s", root)
         _prepare(root, manifest)
         _write_tables(root, train, test)
@@ -206,7 +206,7 @@ def _as_json(manifest: dict) -> bytes:
 
 
 def _is_complete(root: Path, manifest: dict) -> bool:
-    """Whether `root` holds just this data set; counts the files, so that deleted ones are noticed."""
+    """Whether `root` holds just this data set; counts the whole clips, so that deleted and cut ones are noticed."""
     try:
         is_this = (root / _MANIFEST).read_bytes() == _as_json(manifest)
     except FileNotFoundError:
@@ -216,9 +216,17 @@ def _is_complete(root: Path, manifest: dict) -> bool:
         is_this
         and (root / "meta.csv").is_file()
         and len(list(root.glob("evaluation_setup/fold1_*.csv"))) == 3
-        and len(list(root.glob("audio/*.wav"))) == n_clips
-        and len(list(root.glob("dirs/*.wav"))) == manifest["n_dirs"]
+        and _sizes(root / "audio") == [_CLIP_BYTES] * n_clips
+        and len(_sizes(root / "dirs")) == manifest["n_dirs"]
     )
+
+
+def _sizes(folder: Path) -> list[int]:
+    """Bytes of each wav file; what a Mac leaves beside files (._x.wav) is none."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as items:
+        return [item.stat().st_size for item in items if item.name.endswith(".wav") and not item.name.startswith(".")]
 
 
 def _refuse_other(root: Path) -> None:
@@ -248,6 +256,8 @@ def _prepare(root: Path, manifest: dict) -> None:
             )
     for folder in _FOLDERS:
         (root / folder).mkdir(exist_ok=True)
+        for left in (root / folder).glob("*.partial"):  # of killed processes: the lock leaves no other
+            left.unlink(missing_ok=True)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -256,7 +266,7 @@ def _write(path: Path, content: bytes) -> None:
     try:
         partial.write_bytes(content)
         os.replace(partial, path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
 

@@ -28,7 +28,8 @@ def test_a_downloaded_data_set_checks_and_caches(tau, tmp_path, monkeypatch, cap
     rest = {name: content for name, content in entries.items() if name not in audio}
     with FileServer() as server:
         publish_record(server, 6337421, {"a.audio.1.zip": make_zip(audio), "a.meta.zip": make_zip(rest)})
-        download = ["download", "--dataset_dir", tmp_path / "my data", "--zenodo_api", server.url("/api")]
+        download = ["download", "--record", 6337421, "--dataset_dir", tmp_path / "my data"]
+        download += ["--zenodo_api", server.url("/api")]
         assert outcome(download, monkeypatch) == 0
     folder = tmp_path / "my data" / top
     next_command = f"next: python run_dataset.py check --dataset_dir '{folder}'"

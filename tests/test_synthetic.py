@@ -252,6 +252,12 @@ def test_finished_set_is_reused_untouched(small, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in small.rglob("*")} == before
 
 
+def test_what_a_mac_leaves_beside_files_does_not_count(small, monkeypatch):
+    (small / "audio/._x.wav").touch()
+    monkeypatch.setattr(synthetic, "_prepare", lambda *_: pytest.fail("it is generated again"))
+    write_synthetic(small, **ONE_RECORDING_EACH)
+
+
 def test_interrupted_generation_is_redone(small, quick, tmp_path, monkeypatch):
     expected = contents(small)
     broken = tmp_path / "broken"
@@ -270,16 +276,21 @@ def test_interrupted_generation_is_redone(small, quick, tmp_path, monkeypatch):
         write_synthetic(broken, **ONE_RECORDING_EACH)
     monkeypatch.setattr(synthetic, "_write_wav", write_wav)
     assert not (broken / "synthetic.json").exists() and (broken / "synthetic.incomplete").exists()
+    (broken / "audio/x.wav.1.partial").touch()  # of a killed process
     truncated = next((broken / "audio").glob("*.wav"))
     truncated.write_bytes(truncated.read_bytes()[:1000])
     assert contents(write_synthetic(broken, **ONE_RECORDING_EACH)) == expected
 
 
-@pytest.mark.parametrize("change", ["clip deleted", "clip added", "other version", "unreadable manifest", "other size"])
+@pytest.mark.parametrize(
+    "change", ["clip deleted", "clip cut", "clip added", "other version", "unreadable manifest", "other size"]
+)
 def test_set_that_does_not_fit_is_replaced(small, quick, change):
     expected = contents(small)
     if change == "clip deleted":
         next((small / "audio").iterdir()).unlink()
+    elif change == "clip cut":
+        next((small / "audio").iterdir()).write_bytes(b"RIFF")
     elif change == "clip added":
         shutil.copy(next((small / "audio").iterdir()), small / "audio/more.wav")
     elif change == "other version":
