@@ -15,7 +15,7 @@ from torch import nn
 from helpers.checkpoint import load_model
 from helpers.export import describe_file, write_onnx
 from helpers.export_onnx import DEPTHWISE_LANES, export_onnx, pad_depthwise
-from helpers.quantization import calibrate, convert, for_target, prepare
+from helpers.quantization import calibrate, convert, for_target, overflowing_layers, prepare
 from models import get_frontend, get_model
 from models.integer import IntAdd, IntConv, IntSums, QTensor, quantize
 from models.quantized import QuantConfig
@@ -367,3 +367,15 @@ def test_the_published_network_agrees_with_onnx_runtime_on_real_clips(shared, de
     without = run(path, clips["spec"], level=NONE)
     assert (without - model(clips["spec"])).abs().max() < 1.0  # within the noise of 8 bits, of logits up to 12
     assert run(path, clips["spec"]).argmax(dim=1).tolist() == clips["argmax"]
+
+
+def test_a_quantized_input_leaves_nothing_to_chance_on_real_clips(shared, tmp_path):
+    clips = torch.load(shared("golden/cpjku_dcase23/checkpoint_real_clips.pt"), weights_only=True)
+    ready = prepare(load_model(shared(CHECKPOINT)).model, QuantConfig(quantize_input=True))
+    calibrate(ready, lambda: [clips["spec"]], "mse")
+    model = convert(ready)
+    assert overflowing_layers(model) == []
+    path = write_onnx(model, get_frontend("cp_mel"), SCENES, 32000, "int8", False, tmp_path / "network.onnx")
+    for exact in (False, True):
+        logits = run(path, clips["spec"], exact=exact)
+        torch.testing.assert_close(logits, model(clips["spec"]), rtol=0, atol=1e-5)
