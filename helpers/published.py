@@ -90,10 +90,12 @@ def _parts(path: Path | str, name: str, network: tuple[dict[str, Any], State]) -
 def _cp_mobile(path: Path | str, state: State) -> tuple[dict[str, Any], State]:
     stem = state["in_c.0.0.weight"]
     base = state["in_c.1.0.weight"].shape[0]
-    blocks = [m.groups() for name in state if (m := re.fullmatch(r"stages\.s(\d+)\.b(\d+)\.block\.2\.0\.weight", name))]
-    if not blocks:
+    named = re.compile(r"stages\.s([0-9]{1,9})\.b([0-9]{1,9})\.block\.2\.0\.weight")
+    blocks = [m.groups() for name in state if (m := named.fullmatch(name))]
+    n_stages = max((int(s) for s, _ in blocks), default=0)
+    if len({int(s) for s, _ in blocks}) != max(n_stages, 1):
         raise KeyError("stages")
-    n_blocks = [sum(int(s) == i for s, _ in blocks) for i in range(1, 1 + max(int(s) for s, _ in blocks))]
+    n_blocks = [sum(int(s) == i for s, _ in blocks) for i in range(1, 1 + n_stages)]
     expansions = [tuple(state[f"stages.s{s}.b{b}.block.0.0.weight"].shape[1::-1]) for s, b in blocks]
     last = {int(s): state[f"stages.s{s}.b{b}.block.2.0.weight"].shape[0] for s, b in blocks}
 

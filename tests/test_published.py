@@ -157,6 +157,15 @@ def test_loading_is_strict_and_lists_what_differs(tmp_path, change, message):
     assert len(str(error.value)) < 600
 
 
+@pytest.mark.parametrize("stage", ["999999999", "9" * 5000, "²", "٣"])
+def test_names_with_odd_numbers_do_not_load(tmp_path, stage):
+    """The first would be a list of as many stages."""
+    state = get_model("cp_mobile", base_channels=8).state_dict()
+    torch.save(state | {f"stages.s{stage}.b1.block.2.0.weight": torch.zeros(8, 8, 1, 1)}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"no whole cp_mobile network|unknown"):
+        load_model(tmp_path / "w.pt")
+
+
 @pytest.mark.parametrize("prefix", ["model.", "module.", "_orig_mod.", "net.", "net_swa.", "module._orig_mod.model."])
 @pytest.mark.parametrize("keys", [(), ("state_dict",), ("model_state_dict",), ("model",), ("net",), ("x", "model")])
 def test_a_wrapped_network_is_found(prefix, keys):
