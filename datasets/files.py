@@ -86,7 +86,7 @@ def locked(path: Path, what: str, wait: bool = False, keep: bool = True) -> Iter
         BusyError: another process holds it, and `wait` is off.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
+    lock = FileLock(path, fallback_to_soft=False)  # its own way round would take an old lock file for one that is held
     try:
         _acquire(lock, what, wait)
     except BusyError:
@@ -113,10 +113,15 @@ def _acquire(lock: BaseFileLock, what: str, wait: bool) -> None:
     except Timeout:
         if not wait:
             raise BusyError(
-                f"{what} is in use by another process; wait until that is done, or stop it (lock: {lock.lock_file})"
+                f"{what} is in use by another process; wait until that is done, or stop it ({_where(lock)})"
             ) from None
-        log.warning("%s is in use by another process: waiting for it (lock: %s)", what, lock.lock_file)
+        log.warning("%s is in use by another process: waiting for it (%s)", what, _where(lock))
         lock.acquire()
+
+
+def _where(lock: BaseFileLock) -> str:
+    remedy = "; remove it if its process, on another machine, was killed" if isinstance(lock, SoftFileLock) else ""
+    return f"lock: {lock.lock_file}{remedy}"
 
 
 def read_json(path: Path) -> Any:

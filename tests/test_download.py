@@ -472,9 +472,10 @@ def test_a_second_process_waits_for_the_first(server, serve, tmp_path, caplog):
     assert len(server.requests) == 2 and names(tmp_path) == ["data.bin"]
 
 
-def test_a_file_system_without_locks_is_warned_of(serve, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_warned_of(serve, tmp_path, monkeypatch, caplog, number):
     def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert quick(serve(), tmp_path / "data.bin").read_bytes() == CONTENT
