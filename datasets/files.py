@@ -92,6 +92,8 @@ def locked(path: Path, what: str, wait: bool = False, keep: bool = True) -> Iter
     except BusyError:
         raise
     except OSError as error:
+        if path.is_symlink():
+            raise OSError(f"{path} is a link where a lock file is kept; remove it and run again") from error
         if error.errno not in NO_LOCKS:
             raise
         marker = path.with_name(path.name + ".held")

@@ -310,9 +310,10 @@ def get(url: str, headers: dict[str, str]) -> Iterator[requests.Response]:
         if isinstance(error, requests.exceptions.SSLError) and "CERTIFICATE" in reason:
             raise UnreachableError(f"{url}: {reason}; check the clock and the certificates of this computer") from error
         kind = UnresolvedError if isinstance(_inner(error), NameResolutionError) else TryAgain
-        raise kind(f"{url}: {reason}") from error
+        raise kind(f"{url}{_through(url)}: {reason}") from error
     except requests.RequestException as error:
-        raise UnreachableError(f"{url}: {_reason(error)}; check the address and where it leads") from error
+        message = f"{url}{_through(url)}: {_reason(error)}; check the address and where it leads"
+        raise UnreachableError(message) from error
 
 
 def _request(url: str, headers: dict[str, str]) -> requests.Response:
@@ -322,6 +323,15 @@ def _request(url: str, headers: dict[str, str]) -> requests.Response:
         raise
     except (ValueError, HTTPError) as error:  # what requests lets through of addresses that it is led to
         raise requests.exceptions.InvalidURL(str(error)) from error
+
+
+def _through(url: str) -> str:
+    """Names the proxy that the environment sets for an address, without its password; empty where there is none."""
+    try:
+        proxy = requests.utils.select_proxy(url, requests.utils.get_environ_proxies(url))
+    except ValueError:  # of an address that is none
+        return ""
+    return f" (through the proxy {proxy.rpartition('@')[2]})" if proxy else ""
 
 
 def _inner(error: requests.RequestException) -> Any:

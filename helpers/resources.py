@@ -1,7 +1,8 @@
 """Files of the published system that are fetched when they are first needed, into `resources/`."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from datasets.impulse_responses import MICIRP_URL
 from datasets.tau import SUBSET_URL
 from datasets.teacher_logits import TEACHER_LOGITS_URL, is_logits, read_logits_file
 from datasets.torch_file import read_torch_file
-from helpers.download import fetch, fetch_recorded
+from helpers.download import UnreachableError, fetch, fetch_recorded
 from helpers.published import recognise
 from models import get_model
 from models.beats import differences
@@ -39,14 +40,16 @@ def micirp_folder(folder: Path = RESOURCES / "dirs", url: str = MICIRP_URL) -> P
     missing = [file for file in wanted if not (folder / file).is_file()]
     if missing:
         log.info("fetching %d MicIRP impulse responses (Creative Commons) into %s", len(missing), folder)
-    for file, digest in wanted.items():
-        fetch(f"{url}/{file.replace('&', '%26')}", folder / file, sha256=digest, progress=False)
+    with _or_else("name a folder of responses with --dirs_path, or train without them (--dir_prob 0)"):
+        for file, digest in wanted.items():
+            fetch(f"{url}/{file.replace('&', '%26')}", folder / file, sha256=digest, progress=False)
     return folder
 
 
 def teacher_logits_file(folder: Path = RESOURCES, url: str = TEACHER_LOGITS_URL) -> Path:
     """The published ensemble's logits for TAU22; size and checksum are recorded once it has loaded."""
-    return _recorded(url, folder / "ensemble_logits.pt", _check_logits)
+    with _or_else("name a file with --teacher_logits, or train on the labels alone (--kd_lambda 1)"):
+        return _recorded(url, folder / "ensemble_logits.pt", _check_logits)
 
 
 def teacher_file(name: str, folder: Path = RESOURCES, url: str = RELEASE) -> Path:
@@ -69,7 +72,8 @@ def passt_file(arch: str, folder: Path = RESOURCES, url: str = RELEASES) -> Path
     weights = ARCHITECTURES[arch].weights
     if weights is None:
         raise ValueError(f"{arch} has no weights from AudioSet: name a file with --pretrained, or none")
-    return _recorded(f"{url}/{weights}", folder / Path(weights).name, _check_passt)
+    with _or_else("name a file with --pretrained, or none"):
+        return _recorded(f"{url}/{weights}", folder / Path(weights).name, _check_passt)
 
 
 def subset_file(subset: int, folder: Path = RESOURCES / "split_setup", url: str = SUBSET_URL) -> Path:
@@ -80,6 +84,15 @@ def subset_file(subset: int, folder: Path = RESOURCES / "split_setup", url: str 
 def published_checkpoint(folder: Path = RESOURCES, url: str = PUBLISHED_URL) -> Path:
     """The published CP-Mobile student, fetched when missing."""
     return fetch(url, folder / f"{PUBLISHED_RUN}.ckpt", sha256=PUBLISHED_SHA256)
+
+
+@contextmanager
+def _or_else(remedy: str) -> Iterator[None]:
+    """Adds what to do without the file to the message of a download that fails."""
+    try:
+        yield
+    except UnreachableError as error:
+        raise UnreachableError(f"{error}; or {remedy}", error.status) from error
 
 
 def _recorded(url: str, path: Path, check: Callable[[Path], Any]) -> Path:

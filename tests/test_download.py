@@ -499,6 +499,15 @@ def test_a_name_that_does_not_resolve_is_tried_once(tmp_path, monkeypatch):
     assert asked == ["no.such.host"] and str(tmp_path / "data.bin") in str(caught.value)
 
 
+def test_a_proxy_that_fails_is_named_without_its_password(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:9")
+    with pytest.raises(DownloadError, match=r"through the proxy 127\.0\.0\.1:9\): Connection refused") as caught:
+        quick("http://example.org/data.bin", tmp_path / "data.bin", n_tries=1)
+    assert "secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "location",
     [None, "", "/data.bin", "gopher://x/",

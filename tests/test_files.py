@@ -75,6 +75,13 @@ def test_a_lock_is_held_by_one_process(tmp_path, monkeypatch, caplog, number):
     assert ("has no locks" in caplog.text) == (number is not None)
 
 
+def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path):
+    (tmp_path / "lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match="lock is a link where a lock file is kept"), locked(tmp_path / "lock", "x"):
+        pass
+    assert not (tmp_path / "mine").exists()
+
+
 SCHEMA = {"n": int, "name?": (str, type(None)), "parts": [{"size": matching(lambda n: n > 0, "must be positive")}]}
 
 

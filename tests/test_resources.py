@@ -3,6 +3,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -80,6 +81,22 @@ def test_an_error_page_is_never_recorded(tmp_path, find, name, good):
             served.content, served.content_type = good, "text/csv"
             assert find(folder, server.url("/x")).match(name)
             assert (folder / "checksums.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "find, place, option",
+    [
+        (resources.micirp_folder, "wav", "--dirs_path"),
+        (resources.teacher_logits_file, "ensemble_logits.pt", "--teacher_logits"),
+        (partial(resources.passt_file, "passt_s_swa_p16_128_ap476"), "passt-s", "--pretrained"),
+        (resources.published_checkpoint, "c0a7nzin.ckpt", ""),
+    ],
+    ids=["responses", "logits", "passt", "student"],
+)
+def test_without_a_network_the_place_and_the_option_are_named(tmp_path, monkeypatch, find, place, option):
+    monkeypatch.setattr("helpers.download.time.sleep", lambda _: None)
+    with pytest.raises(DownloadError, match=f"may be put at {tmp_path}/.*{place}.*{option}"):
+        find(tmp_path, "http://127.0.0.1:9")
 
 
 def test_a_wrong_file_put_there_by_hand_is_named_and_kept(tmp_path):
