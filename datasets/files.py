@@ -42,7 +42,8 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
     remove_leftovers(path)
     temporary = path.with_name(f"{path.name}.{_host()}.{os.getpid()}.tmp")
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        temporary.unlink(missing_ok=True)  # a link there would be followed
+        with open(temporary, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -18,6 +18,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -354,7 +355,8 @@ def _unpack(opened: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> Non
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / ".unpacking.part"  # one name: a kill leaves at most one, and the next run reuses it
     try:
-        with opened.open(info) as source, temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # a link there would be followed
+        with opened.open(info) as source, temporary.open("xb") as file:
             shutil.copyfileobj(source, file, 2**20)
         if temporary.stat().st_size != info.file_size:
             raise zipfile.BadZipFile(f"{info.filename} is shorter than it says")
@@ -363,7 +365,8 @@ def _unpack(opened: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> Non
         message = f"{target}: {error.strerror or error} while unpacking; once that is solved, run again to resume"
         raise DownloadError(message) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def is_inside(name: str) -> bool:

@@ -75,6 +75,14 @@ def test_a_lock_is_held_by_one_process(tmp_path, monkeypatch, caplog, number):
     assert ("has no locks" in caplog.text) == (number is not None)
 
 
+def test_a_link_in_the_place_of_a_temporary_file_is_not_followed(tmp_path, monkeypatch):
+    (tmp_path / "mine").write_text("mine")
+    monkeypatch.setattr("datasets.files._host", lambda: "host")
+    (tmp_path / f"a.txt.host.{os.getpid()}.tmp").symlink_to(tmp_path / "mine")
+    write_json(tmp_path / "a.txt", 1)
+    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "a.txt").is_symlink()
+
+
 def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path):
     (tmp_path / "lock").symlink_to(tmp_path / "mine")
     with pytest.raises(OSError, match="lock is a link where a lock file is kept"), locked(tmp_path / "lock", "x"):

@@ -462,7 +462,9 @@ def test_links_in_the_place_of_notes_are_not_followed(server, tmp_path):
         download_record(7, root, api=server.url("/api"))
     (root / ".zenodo_7").unlink()
     (root / ".zenodo_7").mkdir()
-    for name in ("a.zip.part", "a.zip.part.json", ".zenodo_7/record.json", ".zenodo_7/a.zip.done"):
+    (root / "x").mkdir()
+    names = ("a.zip.part", "a.zip.part.json", ".zenodo_7/record.json", ".zenodo_7/a.zip.done", "x/.unpacking.part")
+    for name in names:
         (outside / "mine").write_text("[]")
         (root / name).symlink_to(outside / "mine")
     assert download_record(7, root, api=server.url("/api")) == root / "x"
