@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 CHUNK_BYTES = 2**16  # small: a connection that breaks loses at most one chunk
 TIMEOUT_S = (10.0, 60.0)  # to connect, and between two pieces of an answer
 MAX_WAIT_S = 120.0  # upper bound of every pause, also of one the server asks for
+MARGIN_BYTES = 2**24  # left free by downloads of unknown size
 MAX_ANSWER_BYTES = 2**24  # of a web API
 ORIGIN = {"url": str, "version?": (str, type(None)), "total?": (int, type(None))}
 RECORD = {
@@ -115,10 +116,12 @@ def fetch(
                     raise UnreachableError(f"{url}: the server sent an empty file; check that the address is right")
                 os.fsync(file.fileno())
             except BaseException as error:
-                if transfer.n_bytes() == 0:  # nothing to resume
+                kept = "; what arrived is kept, run again to resume"
+                if transfer.n_bytes() == 0 or not transfer.can_resume:
                     _remove_part(part)
+                    kept = ""
                 if isinstance(error, UnreachableError):
-                    message = f"{error}; a copy fetched by other means may be put at {path.absolute()}"
+                    message = f"{error}{kept}; a copy fetched by other means may be put at {path.absolute()}"
                     raise UnreachableError(message, error.status) from error
                 raise
         if problem := mismatch(part, **expected):
@@ -284,8 +287,7 @@ def retry(action: Callable[[], Any], n_tries: int, backoff: float, n_bytes: Call
         n_failed += 1
         if n_failed >= n_tries or (isinstance(failure, UnresolvedError) and most == first):
             tried = "once" if n_failed == 1 else f"{n_failed} times"
-            kept = "; what arrived is kept, run again to resume" if n_bytes() else ""
-            raise UnreachableError(f"{failure} (tried {tried}); check the network and try again later{kept}")
+            raise UnreachableError(f"{failure} (tried {tried}); check the network and try again later")
         wait_s = failure.wait_s
         if wait_s is None:  # jitter, so that many clients cut off together do not come back together
             wait_s = backoff * 2 ** (n_failed - 1) * random.uniform(0.5, 1.0)
@@ -403,6 +405,7 @@ class _Transfer:
         self.url, self.path, self.file, self.size = url, path, file, size
         self.has_checksum, self.progress = has_checksum, progress
         self.origin_file = path.with_name(path.name + ".part.json")
+        self.can_resume = True  # until an answer tells otherwise
 
     def n_bytes(self) -> int:
         return os.fstat(self.file.fileno()).st_size
@@ -462,13 +465,21 @@ class _Transfer:
         n_have = self.n_bytes()
         total = self.size if total is None else total
         check_space((total or n_have) - n_have, self.path.parent, f"downloading {self.url}")
-        write_json(self.origin_file, {"url": self.url, "version": _version(response), "total": total})
+        version = _version(response)
+        self.can_resume = self.has_checksum or version is not None
+        write_json(self.origin_file, {"url": self.url, "version": version, "total": total})
         disable = None if self.progress else True  # None: off where it is not a terminal
         bar = {"unit": "B", "unit_scale": True, "desc": self.path.name, "leave": False}
         with tqdm(total=total, initial=n_have, disable=disable, **bar) as shown:
             while chunk:
                 if total is not None and n_have + len(chunk) > total:
                     raise self.start_over(f"more than the announced {total} bytes arrived")
+                if total is None and free_bytes(self.path.parent) < MARGIN_BYTES + len(chunk):
+                    self.file.truncate(0)
+                    raise DownloadError(
+                        f"{self.url}: the server does not tell the size, and {format_bytes(n_have)} have filled the "
+                        f"disk of {self.path.parent}; what arrived was removed, make room or choose another folder"
+                    )
                 n_have += (n_written := self.write(chunk))
                 shown.update(n_written)
                 chunk = chunk[n_written:] or next(chunks, b"")

@@ -418,6 +418,12 @@ def test_a_changed_file_is_never_stitched_without_a_checksum(serve, tmp_path, fi
     assert quick(url, tmp_path / "data.bin").read_bytes() == second.get("content", CONTENT)
 
 
+def test_what_cannot_be_resumed_is_not_kept(serve, tmp_path):
+    with pytest.raises(DownloadError, match="IncompleteRead") as caught:
+        quick(serve(drop_after=100_000), tmp_path / "data.bin", size=len(CONTENT), n_tries=1)
+    assert "resume" not in str(caught.value) and names(tmp_path) == []
+
+
 @pytest.mark.parametrize("total, content", [(len(OTHER), OTHER), (None, CONTENT)])
 def test_a_complete_part_without_a_checksum_is_taken_where_it_is_known_to_be(serve, tmp_path, total, content):
     """As after a kill before the last step; the file on the server is another by now."""
@@ -580,3 +586,11 @@ def test_mutated_checksums_are_named(serve, tmp_path):
     checksums.write_bytes(b"[" * 100_000)
     with pytest.raises(DownloadError, match=r"checksums\.json is damaged"):
         fetch_recorded(serve(), path, checksums)
+
+
+def test_a_body_of_unknown_size_does_not_fill_the_disk(serve, tmp_path, monkeypatch):
+    n_free = 2**24 + 100_000
+    monkeypatch.setattr(download, "free_bytes", lambda _: n_free - (tmp_path / "data.bin.part").stat().st_size)
+    with pytest.raises(DownloadError, match=r"does not tell the size, and [\d.]+kB have filled the disk"):
+        quick(serve(no_length=True), tmp_path / "data.bin")
+    assert names(tmp_path) == []
