@@ -1,6 +1,7 @@
 """Folders of impulse responses as people have them; every message is one line that names the file."""
 
 import os
+import random
 import struct
 from pathlib import Path
 
@@ -113,3 +114,30 @@ def test_a_folder_that_is_none_is_named(folder, monkeypatch):
     monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(PermissionError):
         response_files(folder)
+
+
+def test_mutated_files_are_read_or_named(folder):
+    rng, path = random.Random(0), folder / "z.wav"
+    kinds = [
+        ("WAV", "PCM_16"),
+        ("WAV", "FLOAT"),
+        ("WAV", "GSM610"),
+        ("WAVEX", "PCM_24"),
+        ("FLAC", "PCM_16"),
+        ("AIFF", "PCM_16"),
+    ]
+    n_refused = 0
+    for i in range(300):
+        kind, subtype = kinds[i % len(kinds)]
+        soundfile.write(path, IMPULSE, 8000, format=kind, subtype=subtype)
+        content = bytearray(path.read_bytes())
+        for _ in range(rng.randrange(1, 4)):
+            place = rng.randrange(min(len(content), 60))  # the header
+            content[place : place + rng.randrange(3)] = rng.randbytes(rng.randrange(4))
+        path.write_bytes(content[: rng.randrange(len(content))] if rng.random() < 0.1 else content)
+        try:
+            assert all(np.isfinite(response).all() for response in read_impulse_responses(folder, 8000))
+        except DataError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error) and "extract" not in str(error)
+            n_refused += 1
+    assert 100 < n_refused < 300
