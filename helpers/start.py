@@ -1,15 +1,17 @@
 """What must happen before torch is imported; every script imports this first.
 
-OpenMP's threads sleep when they have nothing to do. By default they spin, and on a machine that has other work they
-take the cores from each other.
+OpenMP's threads that wait for each other spin for a moment and then sleep. By default libgomp's spin for long, and on a
+machine that has other work they take the cores from each other; those that sleep at once lose time on a quiet machine
+(benchmarks/busy_machine.py).
 """
 
 import os
 import sys
 
+SPIN_COUNT = 1000  # turns of libgomp's waiting loop
+
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():  # unless the user chose
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    os.environ["GOMP_SPINCOUNT"] = "0"
+    os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
 
 def open_closed_streams() -> None:
