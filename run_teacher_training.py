@@ -17,6 +17,7 @@ import helpers.start  # noqa: F401, I001 (before torch)
 import argparse
 import json
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -319,8 +320,8 @@ def build_model(args: argparse.Namespace, given: set[str], checkpoint: Mapping[s
     if args.freeze != "none":
         if not hasattr(model, "freeze_encoder"):
             raise ValueError(f"--freeze is for transformers; {args.teacher} learns as a whole")
-        if args.freeze != "all" and not args.freeze.isdecimal():
-            raise ValueError(f"--freeze takes a number of layers, all or none, got {args.freeze}")
+        if args.freeze != "all" and not re.fullmatch("[0-9]{1,4}", args.freeze):
+            raise ValueError(f"--freeze takes a number of layers, all or none, got {args.freeze[:40]}")
         model.freeze_encoder(None if args.freeze == "all" else int(args.freeze))
     return model
 

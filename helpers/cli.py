@@ -196,9 +196,9 @@ def number(kind: type, low: float, high: float = MOST, above: bool = False) -> C
         try:
             value = kind(text)
         except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is no {'whole ' if kind is int else ''}number") from None
         if not (low < value if above else low <= value) or value > high or value != value:
-            raise argparse.ArgumentTypeError(f"must be {'>' if above else '>='} {low} and <= {high}, got {text}")
+            raise argparse.ArgumentTypeError(f"must be {'>' if above else '>='} {low} and <= {high}, got {text[:40]}")
         return value
 
     return parse
