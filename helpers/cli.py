@@ -21,7 +21,7 @@ from datasets.files import ContentError
 from datasets.tau import DataError
 from helpers.checkpoint import CheckpointError
 from helpers.complexity import LimitError
-from helpers.distributed import is_loss, leave_processes, local_rank
+from helpers.distributed import end_process, is_loss, leave_processes, local_rank
 from helpers.errors import ExportError
 from helpers.logger import RUN_ID
 from helpers.loop import NonFiniteLogitsError, NonFiniteLossError, StoppedError
@@ -277,7 +277,9 @@ def run(main: Callable[[list[str] | None], Any]) -> None:
         result = main(None)
         leave_processes()
         sys.stdout.flush()
-        sys.exit(result if isinstance(result, int) else 0)
+        status = result if isinstance(result, int) else 0
+        end_process(status)
+        sys.exit(status)
     except StoppedError as stopped:
         _say(str(stopped))
         sys.exit(stopped.exit_status)

@@ -233,6 +233,19 @@ def leave_processes() -> None:
         Processes(dist.get_rank(), dist.get_world_size()).wait()
 
 
+def end_process(status: int) -> None:
+    """Ends one of several processes; one alone goes on, to end as every program does.
+
+    Once everything is written and what was registered for the end has run, the interpreter is not taken down: threads
+    of torch that are still there abort it now and then, and torchrun would count the run as failed.
+    """
+    if dist.is_initialized():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def is_loss(error: Exception) -> bool:
     """Whether an exchange with the other processes failed because one of them is gone."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
