@@ -48,9 +48,11 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # as from a full disk
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

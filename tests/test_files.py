@@ -121,3 +121,16 @@ def test_a_file_that_is_no_json_is_an_error_of_its_own(tmp_path, text):
     (tmp_path / "a.json").write_bytes(text)
     with pytest.raises(ContentError, match="no JSON"):
         read_json(tmp_path / "a.json")
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def full(_handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*network\.onnx'"),
+        replacing(tmp_path / "network.onnx") as file,
+    ):
+        file.write("x")
+    assert not list(tmp_path.iterdir())
