@@ -132,12 +132,14 @@ def main(argv: list[str] | None = None) -> int:
     if wrong:
         print(f"error: parity fails for {', '.join(wrong)}: do not use these files", file=sys.stderr)
     if here:
-        print(
-            f"error: parity fails for {', '.join(here)}: this CPU adds 8-bit products in 16 bits; quantize again with "
-            "--limit_pairs (the default of run_qat.py) or --reduced_range, or run the file in ONNX Runtime's session "
-            "option session.x64quantprecision=1",
-            file=sys.stderr,
+        remedy = (
+            "this CPU adds 8-bit products in 16 bits, in which they overflow; quantize again with --limit_pairs (the "
+            "default of run_qat.py) or --reduced_range, or"
         )
+        if not overflowing_layers(networks["int8"]):
+            remedy = "though no pair of their weights can overflow, this CPU does not compute their integers; there,"
+        exact = "run them in ONNX Runtime with session.x64quantprecision=1"
+        print(f"error: parity fails for {', '.join(here)}: {remedy} {exact}", file=sys.stderr)
     return 1 if wrong or here else 0
 
 
@@ -206,10 +208,10 @@ def parity_clips(args: argparse.Namespace, loaded: LoadedModel, n_samples: int) 
     """Clips (clip, sample) and their recording devices."""
     rate = loaded.frontend.config.sample_rate
     if args.clips:
-        paths = [path for path in Path(args.clips).rglob("*") if path.suffix.lower() == ".wav"]
-        paths = sorted(path for path in paths if not path.name.startswith("."))[: args.n_clips]  # Macs leave ._x.wav
         if not Path(args.clips).is_dir():
             raise DataError(f"--clips {args.clips} is no folder: name the folder of the wav files")
+        paths = [path for path in Path(args.clips).rglob("*") if path.suffix.lower() == ".wav"]
+        paths = sorted(path for path in paths if not path.name.startswith("."))[: args.n_clips]  # Macs leave ._x.wav
         if not paths:
             raise DataError(f"--clips {args.clips}: no wav files there")
         remedy = "remove it from the folder of --clips, or put a good one in its place"

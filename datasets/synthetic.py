@@ -261,7 +261,11 @@ def _prepare(root: Path, manifest: dict) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a file at once: readers see the whole of it or nothing."""
+    """Writes a file at once: readers see the whole of it or nothing.
+
+    Unlike `replacing` it does not wait for the disk with each of thousands of clips; one that is cut is noticed by its
+    size, and all can be made again.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.write_bytes(content)

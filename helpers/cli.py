@@ -148,8 +148,11 @@ def check_sweep(parser: argparse.ArgumentParser, given: set[str]) -> None:
     path = os.environ.get("WANDB_SWEEP_PARAM_PATH")
     if not path or not os.path.isfile(path):
         return
-    with open(path, encoding="utf-8") as file:
-        chosen = yaml.safe_load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            chosen = yaml.safe_load(file)
+    except (yaml.YAMLError, ValueError) as error:
+        parser.error(f"WANDB_SWEEP_PARAM_PATH names {path}, which is no YAML: {' '.join(str(error).split())}")
     for action in parser._actions:
         entry = chosen.get(action.dest) if isinstance(chosen, dict) else None
         is_off = isinstance(entry, dict) and entry.get("value") is False
@@ -277,12 +280,10 @@ def run(main: Callable[[list[str] | None], Any]) -> None:
         result = main(None)
         leave_processes()
         sys.stdout.flush()
-        status = result if isinstance(result, int) else 0
-        end_process(status)
-        sys.exit(status)
+        end_process(result if isinstance(result, int) else 0)
     except StoppedError as stopped:
         _say(str(stopped))
-        sys.exit(stopped.exit_status)
+        end_process(stopped.exit_status)
     except USER_ERRORS as error:
         logging.getLogger(__name__).debug("", exc_info=True)
         _say(f"error: {_one_line(error)}")

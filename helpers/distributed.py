@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -233,17 +233,18 @@ def leave_processes() -> None:
         Processes(dist.get_rank(), dist.get_world_size()).wait()
 
 
-def end_process(status: int) -> None:
-    """Ends one of several processes; one alone goes on, to end as every program does.
+def end_process(status: int) -> NoReturn:
+    """Ends this process, one of several without taking the interpreter down.
 
-    Once everything is written and what was registered for the end has run, the interpreter is not taken down: threads
-    of torch that are still there abort it now and then, and torchrun would count the run as failed.
+    Once everything is written and what was registered for the end has run, threads of torch that are still there abort
+    the interpreter's own end now and then, and torchrun would count the run as failed.
     """
     if dist.is_initialized():
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    sys.exit(status)
 
 
 def is_loss(error: Exception) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from datasets.files import replacing
 from helpers.errors import ExportError
 from models.xnnpack import for_xnnpack
 
@@ -47,13 +48,8 @@ def export_executorch(model: nn.Module, example: Tensor, path: Path, metadata: M
     _check_installed()
     with _quiet(), torch.no_grad():
         content = _lower(model, example, json.dumps(dict(metadata or {})))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path, "wb") as file:
+        file.write(content)
     return path
 
 

@@ -52,7 +52,7 @@ def integer_tolerance(n_clips: int, step: float) -> Tolerance:
         step: of the 8-bit values whose means are the logits.
     """
     n_ties = max(1.0, TIES * n_clips)
-    return Tolerance(largest=None, mean=max(1e-3, step / 4 * n_ties / n_clips), agreement=1 - max(1, n_ties) / n_clips)
+    return Tolerance(largest=None, mean=max(1e-3, step / 4 * n_ties / n_clips), agreement=1 - n_ties / n_clips)
 
 
 @dataclass(frozen=True)

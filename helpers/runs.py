@@ -61,7 +61,7 @@ def parse_options(
     if args.resume:
         path = Path(args.project_name) / args.resume / "options.json"
         if not path.is_file():
-            several = "; all machines need the same folder" if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 else ""
+            several = "; all machines need the same folder" if os.environ.get("GROUP_WORLD_SIZE", "1") != "1" else ""
             raise CheckpointError(
                 f"no run {args.resume} in {args.project_name}; there is {known_runs(args.project_name)}{several}"
             )

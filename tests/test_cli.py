@@ -12,7 +12,12 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 import pytest
 import torch
 
+import run_dataset
+import run_export
 import run_qat
+import run_teacher_logits
+import run_teacher_training
+import run_teacher_validation
 import run_training
 from datasets.files import ContentError
 from helpers import cli
@@ -81,10 +86,13 @@ def test_help_shows_each_on_off_option_once(parser):
 
 
 def test_every_on_off_option_of_every_script_takes_both_forms():
-    for script in (run_training, run_qat):
-        parser = script.make_parser()
-        found = [action for action in parser._actions if isinstance(action.default, bool)]
-        assert found and all(isinstance(action, cli.OnOff) for action in found)
+    (commands,) = (action for action in run_dataset.make_parser()._actions if action.dest == "command")
+    parsers = [*commands.choices.values(), *map(run_teacher_training.make_parser, ("cp_resnet", "passt", "beats"))]
+    scripts = (run_training, run_qat, run_export, run_teacher_logits, run_teacher_validation)
+    parsers += [script.make_parser() for script in scripts]
+    actions = [action for parser in parsers for action in parser._actions if action.dest != "help"]
+    flags = [action for action in actions if action.nargs == 0 or isinstance(action.default, bool)]
+    assert len(flags) > 20 and all(isinstance(action, cli.OnOff) for action in flags)
 
 
 def test_a_flag_that_a_sweep_left_out_is_not_taken_for_on(tmp_path, monkeypatch, capsys):
@@ -93,6 +101,12 @@ def test_a_flag_that_a_sweep_left_out_is_not_taken_for_on(tmp_path, monkeypatch,
     monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(sweep))
     assert "the sweep turned channels_last off" in outcome(["--lr", "0.001"], capsys)
     run_training.main(["--dry_run", "--logger", "none", "--lr=0.001", "--channels_last=False"])
+
+
+def test_a_sweep_file_that_is_none_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "sweep.yaml").write_text("a: [1")
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(tmp_path / "sweep.yaml"))
+    assert "sweep.yaml, which is no YAML" in outcome([], capsys)
 
 
 def test_every_number_of_every_part_has_bounds():

@@ -179,6 +179,12 @@ def test_an_int8_file_that_only_this_cpu_gets_wrong_names_the_remedy(here, monke
     assert "| network_int8.onnx, exact integers | PyTorch, integers |" in printed
     assert "No pair of int8 weights can overflow 16 bits" in printed
     here = [f"{kind}_int8.onnx, as this CPU computes" for kind in ("network", "waveform")]
+    assert f"parity fails for {', '.join(here)}: though no pair of their weights can overflow" in error
+    assert "session.x64quantprecision=1" in error and "limit_pairs" not in error and "do not use" not in error
+    monkeypatch.setattr(run_export, "overflowing_layers", lambda _network: [("in_c.1", 3)])
+    assert run_export.main(options) == 1
+    printed, error = capsys.readouterr()
+    assert "3 pairs of int8 weights can overflow 16 bits, in in_c.1 (3)" in printed
     assert f"parity fails for {', '.join(here)}: this CPU adds 8-bit products in 16 bits" in error
     assert "--limit_pairs" in error and "do not use" not in error
     monkeypatch.setattr(run_export.parity, "run_onnx", lambda *args, **options: original(*args, **options) + 0.3)
