@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -199,19 +200,20 @@ def test_too_little_memory_is_one_line(monkeypatch, capsys, error):
 
 
 def shell(command: str) -> subprocess.CompletedProcess:
-    """The outcome of a shell command in the repository, in which $RUN is run_training.py."""
-    environment = os.environ | {"RUN": f"{sys.executable} {ROOT / 'run_training.py'}", "OMP_NUM_THREADS": "1"}
+    """The outcome of a shell command in which `run` is python run_training.py."""
+    command = f'run() {{ {shlex.join([sys.executable, str(ROOT / "run_training.py")])} "$@"; }}; {command}'
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_a_reader_that_leaves_does_not_end_the_program():
-    done = shell("set -o pipefail; $RUN --dry_run --logger none | head -1")
+    done = shell("set -o pipefail; run --dry_run --logger none | head -1")
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == 1
 
 
 def test_closed_streams_are_no_traceback(tmp_path):
-    done = shell(f"$RUN --dry_run --logger none --seed -1 2>&- >&-; echo $? > {tmp_path}/status")
+    done = shell(f"run --dry_run --logger none --seed -1 2>&- >&-; echo $? > {shlex.quote(str(tmp_path))}/status")
     assert (tmp_path / "status").read_text() == "2\n"
     assert done.stderr == ""
 
