@@ -15,7 +15,7 @@ from datasets.doctor import check
 from datasets.tau import TAU22_PAGE, read_meta
 from helpers import cli
 from helpers.data import DataConfig, dataset_root
-from helpers.zenodo import ZENODO_API, download_record
+from helpers.fetch.zenodo import ZENODO_API, download_record
 
 TAU22_RECORD = 6337421
 

@@ -27,16 +27,17 @@ from torch import Tensor, nn
 from datasets.audio import read_audio
 from datasets.files import replacing
 from datasets.tau import RECORDING_DEVICES, DataError
-from helpers import cli, parity
-from helpers.checkpoint import CheckpointError, LoadedModel, load_model
+from helpers import cli
+from helpers.export import parity
+from helpers.checkpoints.checkpoint import CheckpointError, LoadedModel, load_model
 from helpers.complexity import Report, enforce_limits, measure
 from helpers.complexity import table as complexity_table
 from helpers.data import DataConfig, load_data
-from helpers.export import activation_bytes, example_input, write_executorch, write_onnx
-from helpers.export_executorch import run_program
+from helpers.export.files import activation_bytes, example_input, write_executorch, write_onnx
+from helpers.export.executorch_program import run_program
 from helpers.quantization import convert, float_layers, float_network, for_target, overflowing_layers, step_of_logits
-from helpers.runs import source_checkpoint
-from helpers.stated import add_stated_options, believe
+from helpers.runs.run import source_checkpoint
+from helpers.checkpoints.stated import add_stated_options, believe
 
 log = logging.getLogger(__name__)
 

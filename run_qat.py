@@ -30,7 +30,7 @@ from datasets.synthetic import SYNTHETIC_NOTICE
 from datasets.waveforms import Batch, batches, epoch_order
 from helpers import cli
 from helpers.augment import AugmentConfig
-from helpers.checkpoint import (
+from helpers.checkpoints.checkpoint import (
     CheckpointError,
     LoadedModel,
     describe_run,
@@ -41,7 +41,7 @@ from helpers.checkpoint import (
 )
 from helpers.data import DataConfig, data_digests, load_augment, load_data, load_teacher, place_on_device
 from helpers.distributed import join_processes
-from helpers.export import write_onnx
+from helpers.export.files import write_onnx
 from helpers.loop import LoopState, Precision, StopSignal, Update, epoch_batches, evaluate, predict, train_one_epoch
 from helpers.losses import kd_loss
 from helpers.memory import keep_freed_memory
@@ -53,7 +53,7 @@ from helpers.options import (
     add_run_options,
 )
 from helpers.quantization import calibrate, for_target, freeze, prepare, rounding_off
-from helpers.runs import (
+from helpers.runs.run import (
     Autosave,
     check_data,
     final_report,
@@ -64,7 +64,7 @@ from helpers.runs import (
     source_checkpoint,
 )
 from helpers.schedule import WarmupRampdown
-from helpers.stated import add_stated_options, believe
+from helpers.checkpoints.stated import add_stated_options, believe
 from models.quantized import QuantConfig
 
 log = logging.getLogger(__name__)

@@ -38,15 +38,15 @@ from datasets.tau import DataError, Meta, read_meta, read_split, test_rows, trai
 from datasets.teacher_logits import is_logits, read_logits, read_logits_file
 from datasets.waveforms import Clips, batches
 from helpers import cli
-from helpers.checkpoint import CheckpointError, save_checkpoint
+from helpers.checkpoints.checkpoint import CheckpointError, save_checkpoint
 from helpers.data import DataConfig, dataset_root, place_on_device
 from helpers.distributed import Processes, join_processes
-from helpers.download import file_hash
+from helpers.fetch.download import file_hash
 from helpers.loop import Precision
 from helpers.memory import keep_freed_memory
 from helpers.options import add_compute_options, add_data_options
-from helpers.resources import RESOURCES, subset_file
-from helpers.stated import add_stated_options, believe_of_teachers
+from helpers.fetch.resources import RESOURCES, subset_file
+from helpers.checkpoints.stated import add_stated_options, believe_of_teachers
 from helpers.teachers import (
     AVERAGES,
     PartFile,

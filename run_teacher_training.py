@@ -34,7 +34,7 @@ from datasets.synthetic import SYNTHETIC_NOTICE
 from datasets.waveforms import Batch
 from helpers import cli
 from helpers.augment import AugmentConfig
-from helpers.checkpoint import (
+from helpers.checkpoints.checkpoint import (
     FORMAT,
     CheckpointError,
     describe_run,
@@ -77,9 +77,9 @@ from helpers.options import (
     add_precision_options,
     add_run_options,
 )
-from helpers.published import recognise
-from helpers.resources import passt_file
-from helpers.runs import (
+from helpers.checkpoints.foreign import recognise
+from helpers.fetch.resources import passt_file
+from helpers.runs.run import (
     Autosave,
     check_data,
     final_report,
@@ -91,7 +91,7 @@ from helpers.runs import (
 from helpers.schedule import WarmupRampdown
 from models import FRONTENDS, MODELS
 from models.beats_checkpoint import read_checkpoint
-from models.teachers import FRONTEND_OF
+from models.published import FRONTEND_OF
 
 log = logging.getLogger(__name__)
 

@@ -22,14 +22,14 @@ from datasets.tau import read_meta
 from helpers import cli
 from helpers.data import Data, DataConfig, dataset_root, load_data, place_on_device
 from helpers.distributed import join_processes
-from helpers.logger import LOGGERS
+from helpers.runs.logger import LOGGERS
 from helpers.loop import predict
 from helpers.memory import keep_freed_memory
 from helpers.metrics import score
 from helpers.options import add_compute_options, add_data_options
-from helpers.report import metric_tables
-from helpers.runs import open_run
-from helpers.stated import add_stated_options, believe_of_teachers
+from helpers.report.report import metric_tables
+from helpers.runs.run import open_run
+from helpers.checkpoints.stated import add_stated_options, believe_of_teachers
 from helpers.teachers import TeacherSource, check_scenes, find_teachers, mean_logits, scorer
 
 log = logging.getLogger(__name__)

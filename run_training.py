@@ -23,7 +23,13 @@ from datasets.tau import read_meta
 from datasets.waveforms import Batch
 from helpers import cli
 from helpers.augment import AugmentConfig
-from helpers.checkpoint import describe_run, load_checkpoint, restore_training, save_checkpoint, training_state
+from helpers.checkpoints.checkpoint import (
+    describe_run,
+    load_checkpoint,
+    restore_training,
+    save_checkpoint,
+    training_state,
+)
 from helpers.complexity import Report, enforce_limits, measure, table
 from helpers.data import (
     DataConfig,
@@ -59,7 +65,7 @@ from helpers.options import (
     add_precision_options,
     add_run_options,
 )
-from helpers.runs import (
+from helpers.runs.run import (
     Autosave,
     check_data,
     final_report,

@@ -17,9 +17,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers import parity
-from helpers.checkpoint import load_model
-from helpers.export import write_onnx
+from helpers.checkpoints.checkpoint import load_model
+from helpers.export import parity
+from helpers.export.files import write_onnx
 from helpers.quantization import calibrate, convert, prepare
 from models import get_frontend, get_model
 from models.quantized import QuantConfig

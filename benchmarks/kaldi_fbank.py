@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helpers.memory import keep_freed_memory
-from models.kaldi_fbank import KaldiFbank, KaldiFbankConfig
+from models.frontends.kaldi_fbank import KaldiFbank, KaldiFbankConfig
 
 
 def clip_by_clip(config: KaldiFbankConfig, waveform: Tensor) -> Tensor:

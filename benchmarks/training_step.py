@@ -37,7 +37,7 @@ from helpers.losses import kd_loss
 from helpers.memory import keep_freed_memory
 from models import get_frontend, get_model
 from models.cp_mobile import CpMobileConfig, ResponseNorm
-from models.mel import hz_to_mel
+from models.frontends.cp_mel import hz_to_mel
 
 RATE = 32000
 DIR_PROB = 0.6

@@ -19,13 +19,13 @@ from torch import nn
 
 from datasets.files import ContentError
 from datasets.tau import DataError
-from helpers.checkpoint import CheckpointError
+from helpers.checkpoints.checkpoint import CheckpointError
 from helpers.complexity import LimitError
 from helpers.distributed import end_process, is_loss, leave_processes, local_rank
 from helpers.errors import ExportError
-from helpers.logger import RUN_ID
 from helpers.loop import NonFiniteLogitsError, NonFiniteLossError, StoppedError
 from helpers.quantization import QuantizationError
+from helpers.runs.logger import RUN_ID
 from models.bounds import MOST
 
 USAGE_ERROR = 2

@@ -31,7 +31,7 @@ from datasets.teacher_logits import read_teacher_logits
 from datasets.waveforms import Clips
 from helpers.augment import AugmentConfig, build_augment
 from helpers.distributed import local_rank
-from helpers.resources import RESOURCES, micirp_folder, subset_file, teacher_logits_file
+from helpers.fetch.resources import RESOURCES, micirp_folder, subset_file, teacher_logits_file
 from models.bounds import Bounds, check_numbers
 
 log = logging.getLogger(__name__)

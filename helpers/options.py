@@ -4,7 +4,7 @@ import argparse
 
 from helpers import cli
 from helpers.data import DataConfig
-from helpers.logger import LOGGERS
+from helpers.runs.logger import LOGGERS
 from helpers.schedule import WarmupRampdown
 
 # Published option names of the front end's fields.

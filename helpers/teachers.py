@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from datasets.tau import Meta
-from helpers.checkpoint import CheckpointError, LoadedModel, load_model
-from helpers.download import file_hash
+from helpers.checkpoints.checkpoint import CheckpointError, LoadedModel, load_model
+from helpers.fetch.download import file_hash
+from helpers.fetch.resources import PUBLISHED_RUN, published_checkpoint, teacher_file
 from helpers.quantization import for_target
-from helpers.resources import PUBLISHED_RUN, published_checkpoint, teacher_file
-from helpers.runs import trained_checkpoint
-from models.teachers import OLD_NAMES, TEACHERS, published_name
+from helpers.runs.run import trained_checkpoint
+from models.published import OLD_NAMES, TEACHERS, published_name
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from torch import nn
 from models.beats import Beats, BeatsConfig
 from models.cp_mobile import CpMobile, CpMobileConfig
 from models.cp_resnet import CpResnet, CpResnetConfig
-from models.kaldi_fbank import KaldiFbank, KaldiFbankConfig
-from models.mel import CpMel, CpMelConfig
+from models.frontends.cp_mel import CpMel, CpMelConfig
+from models.frontends.kaldi_fbank import KaldiFbank, KaldiFbankConfig
 from models.passt import Passt, PasstConfig
 
 # name -> (config, class); the keys are the choices on the command line.

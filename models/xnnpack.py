@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from models.blocks import AvgPool, GlobalMean
 from models.cp_mobile import RESPONSE_EPS, ResponseNorm
+from models.frontends.cp_mel import LOG_OFFSET, PREEMPHASIS, SCALE, SHIFT
+from models.frontends.cp_mel_export import CpMelExport
 from models.integer import (
     Q_MAX,
     Q_MIN,
@@ -32,8 +34,6 @@ from models.integer import (
     QTensor,
     dequantize_channels,
 )
-from models.mel import LOG_OFFSET, PREEMPHASIS, SCALE, SHIFT
-from models.mel_export import CpMelExport
 
 MIN_GAMMA = 1e-12
 

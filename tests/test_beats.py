@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.beats import Beats, BeatsConfig
-from models.kaldi_fbank import KaldiFbank, KaldiFbankConfig
+from models.frontends.kaldi_fbank import KaldiFbank, KaldiFbankConfig
 from tests.golden_inputs import clip, fill_state, wave
 
 TABLE = "encoder.encoder.layers.{}.self_attn.relative_attention_bias.weight"

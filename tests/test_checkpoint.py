@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from datasets.audio import FULL_SCALE, read_audio, to_int16
-from helpers.checkpoint import CheckpointError, describe, load_checkpoint, load_model, save_checkpoint
+from helpers.checkpoints.checkpoint import CheckpointError, describe, load_checkpoint, load_model, save_checkpoint
 from models import FRONTENDS, MODELS, get_frontend, get_model
 from tests.golden_inputs import clip, fill_state
 
@@ -97,7 +97,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_disk_that_fills_while_writing_is_reported_as_such(tmp_path):
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
-    from helpers.checkpoint import _save
+    from helpers.checkpoints.checkpoint import _save
 
     with open("/dev/full", "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
         _save({"loop": torch.zeros(100_000)}, file)

@@ -11,8 +11,8 @@ import soundfile
 import torch
 from torch import nn
 
-from helpers import checkpoint
-from helpers.checkpoint import CheckpointError, describe, load_checkpoint, load_model, save_checkpoint
+from helpers.checkpoints import checkpoint
+from helpers.checkpoints.checkpoint import CheckpointError, describe, load_checkpoint, load_model, save_checkpoint
 from models import FRONTENDS, MODELS, get_frontend, get_model
 
 

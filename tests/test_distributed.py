@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.checkpoint import load_checkpoint
+from helpers.checkpoints.checkpoint import load_checkpoint
 from tests.conftest import make_tau
 
 ROOT = Path(__file__).parents[1]

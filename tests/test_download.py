@@ -22,8 +22,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers import download
-from helpers.download import DownloadError, fetch, fetch_recorded, free_bytes
+from helpers.fetch import download
+from helpers.fetch.download import DownloadError, fetch, fetch_recorded, free_bytes
 from tests.http_server import FileServer, Served
 
 CONTENT = hashlib.sha256(b"a file of 300,000 bytes").digest() * 9375
@@ -308,7 +308,7 @@ def test_a_killed_download_is_resumed(server, serve, tmp_path, kill):
     url = serve(drop_after=200_000, n_drops=1, stall=True, etag='"v1"')
     path = tmp_path / "data.bin"
     program = (
-        "import signal; from helpers import download; "
+        "import signal; from helpers.fetch import download; "
         "signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored where the tests run in the background
         f"download.CHUNK_BYTES = 1000; download.fetch({url!r}, {str(path)!r})"
     )

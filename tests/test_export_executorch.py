@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import export_executorch as ee
-from helpers.checkpoint import load_model
+from helpers.checkpoints.checkpoint import load_model
+from helpers.export import executorch_program as ee
 from helpers.quantization import calibrate, convert, prepare
 from models import get_frontend
 from models.blocks import fold
-from models.mel_export import CpMelExport
+from models.frontends.cp_mel_export import CpMelExport
 from models.quantized import QuantConfig
 from tests.golden_inputs import clip
 from tests.test_quantization import CHECKPOINT, network, prepared, spectrograms

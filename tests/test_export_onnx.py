@@ -12,9 +12,9 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
-from helpers.checkpoint import load_model
-from helpers.export import describe_file, write_onnx
-from helpers.export_onnx import DEPTHWISE_LANES, export_onnx, pad_depthwise
+from helpers.checkpoints.checkpoint import load_model
+from helpers.export.files import describe_file, write_onnx
+from helpers.export.onnx_file import DEPTHWISE_LANES, export_onnx, pad_depthwise
 from helpers.quantization import calibrate, convert, for_target, overflowing_layers, prepare
 from models import get_frontend, get_model
 from models.integer import IntAdd, IntConv, IntSums, QTensor, quantize

@@ -7,7 +7,7 @@ import torch
 import torchaudio
 from torch import Tensor, nn
 
-from models.kaldi_fbank import KaldiFbank, KaldiFbankConfig, mel_bank
+from models.frontends.kaldi_fbank import KaldiFbank, KaldiFbankConfig, mel_bank
 from tests.golden_inputs import clip
 
 RATE = 16000

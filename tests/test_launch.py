@@ -10,9 +10,10 @@ import pytest
 import torch.distributed as dist
 
 import run_training
-from helpers import cli, distributed, runs
-from helpers.checkpoint import CheckpointError
+from helpers import cli, distributed
+from helpers.checkpoints.checkpoint import CheckpointError
 from helpers.distributed import Heartbeat, Launch, LaunchError, keep, launched_as, local_rank, main_decides, recall
+from helpers.runs import run as runs
 from tests.test_run_training import lines, options, outcome, responses, run_of, weights, without_times
 
 __all__ = ["options", "responses"]  # fixtures

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import logger as logger_module
-from helpers.logger import LOGGERS, RunLogger
+from helpers.runs import logger as logger_module
+from helpers.runs.logger import LOGGERS, RunLogger
 
 
 def lines_of(run: RunLogger) -> list[dict]:
@@ -176,8 +176,8 @@ def test_tensorboard_can_be_read_back_and_has_no_epoch_twice_after_resuming(proj
 SCRIPT = """
 import sys, time, logging
 before = sys.stdout
-from helpers.logger import RunLogger
-import helpers.report
+from helpers.runs.logger import RunLogger
+import helpers.report.report
 slow = {"wandb", "matplotlib", "tensorboard", "torch"} & set(sys.modules)
 assert not slow, f"imported too early: {slow}"
 started = time.monotonic()
@@ -288,7 +288,10 @@ def run_fake(project, monkeypatch, caplog):
         monkeypatch.delenv("WANDB_MODE", raising=False)
         if wandb_mode is not None:
             monkeypatch.setenv("WANDB_MODE", wandb_mode)
-        with caplog.at_level(logging.INFO, "helpers.logger"), start(project, "abcd1234", backends=["wandb"]) as run:
+        with (
+            caplog.at_level(logging.INFO, "helpers.runs.logger"),
+            start(project, "abcd1234", backends=["wandb"]) as run,
+        ):
             run.write(0, {"test/acc": 0.5})
             run.write(1, {"test/acc": 0.6})
         assert [line["test/acc"] for line in lines_of(run)] == [0.5, 0.6]

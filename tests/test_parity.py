@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.parity import compare, integer_tolerance
+from helpers.export.parity import compare, integer_tolerance
 from helpers.quantization import calibrate, convert, overflowing_layers, prepare
 from models.integer import IntConv
 from models.quantized import QuantConfig, count_overflows, limit_pairs

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from helpers.checkpoint import describe, load_model, save_checkpoint
+from helpers.checkpoints.checkpoint import describe, load_model, save_checkpoint
 from helpers.quantization import (
     QuantizationError,
     calibrate,

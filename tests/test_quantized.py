@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from helpers.checkpoint import load_model
+from helpers.checkpoints.checkpoint import load_model
 from helpers.quantization import calibrate
 from models.blocks import Add, AvgPool, ConvUnit, GlobalMean, fold
 from models.cp_mobile import ResponseNorm

@@ -18,7 +18,7 @@ from torch.distributed.run import get_args_parser
 import run_dataset
 from helpers import teachers
 from models import get_model
-from models.teachers import TEACHERS
+from models.published import TEACHERS
 from tests.golden_inputs import fill_state
 from tests.test_beats_checkpoint import checkpoint_of
 from tests.test_benchmarks import SMALLEST

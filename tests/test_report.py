@@ -5,8 +5,15 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from helpers import report
-from helpers.report import metric_tables, read_history, spread, write_confusion_matrix, write_curves, write_report
+from helpers.report import report
+from helpers.report.report import (
+    metric_tables,
+    read_history,
+    spread,
+    write_confusion_matrix,
+    write_curves,
+    write_report,
+)
 
 SCENES = ("airport", "bus", "street_pedestrian")
 

@@ -12,9 +12,9 @@ import torch
 
 from datasets.tau import DataError
 from helpers import data as data_module
-from helpers import resources
 from helpers.data import DataConfig, load_data
-from helpers.download import DownloadError
+from helpers.fetch import resources
+from helpers.fetch.download import DownloadError
 from tests.http_server import FileServer, Served
 
 
@@ -94,7 +94,7 @@ def test_an_error_page_is_never_recorded(tmp_path, find, name, good):
     ids=["responses", "logits", "passt", "student"],
 )
 def test_without_a_network_the_place_and_the_option_are_named(tmp_path, monkeypatch, find, place, option):
-    monkeypatch.setattr("helpers.download.time.sleep", lambda _: None)
+    monkeypatch.setattr("helpers.fetch.download.time.sleep", lambda _: None)
     with pytest.raises(DownloadError, match=f"may be put at {tmp_path}/.*{place}.*{option}"):
         find(tmp_path, "http://127.0.0.1:9")
 

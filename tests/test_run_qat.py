@@ -20,9 +20,9 @@ import run_qat
 import run_training
 from datasets.tau import SCENES
 from helpers import cli
-from helpers.checkpoint import load_checkpoint, load_model
+from helpers.checkpoints.checkpoint import load_checkpoint, load_model
 from helpers.quantization import convert
-from helpers.runs import trained_checkpoint
+from helpers.runs.run import trained_checkpoint
 from tests.conftest import make_tau
 from tests.golden_inputs import wave
 

@@ -18,13 +18,13 @@ from datasets.cache import open_store
 from datasets.tau import SCENES, DataError, read_meta, train_rows
 from datasets.tau import test_rows as rows_for_test
 from datasets.teacher_logits import read_teacher_logits
-from helpers.checkpoint import CheckpointError, describe, load_model, save_checkpoint
-from helpers.download import file_hash
+from helpers.checkpoints.checkpoint import CheckpointError, describe, load_model, save_checkpoint
+from helpers.fetch.download import file_hash
 from helpers.teachers import PartFile
 from models import FRONTENDS, MODELS, get_frontend, get_model
 from tests.golden_inputs import fill_state
 from tests.processes import together
-from tests.test_published import SMALL_BEATS
+from tests.test_foreign import SMALL_BEATS
 
 ROOT = Path(__file__).parents[1]
 MEL = {"sample_rate": 8000, "n_fft": 512, "win_length": 256, "hop_length": 125, "n_mels": 64, "fmax_aug_range": 200}

@@ -18,8 +18,10 @@ from datasets.crops import CroppedClips
 from datasets.tau import read_meta, train_rows
 from datasets.tau import test_rows as rows_for_test
 from datasets.waveforms import Clips
-from helpers import cli, loop, report, resources
-from helpers.checkpoint import load_checkpoint, load_model
+from helpers import cli, loop
+from helpers.checkpoints.checkpoint import load_checkpoint, load_model
+from helpers.fetch import resources
+from helpers.report import report
 from models import get_model
 from models.passt import ARCHITECTURES
 from tests.conftest import make_tau

@@ -10,11 +10,11 @@ import run_teacher_validation
 from datasets.tau import SCENES
 from datasets.tau import test_rows as rows_for_test
 from helpers import teachers
-from helpers.checkpoint import CheckpointError, describe, save_checkpoint
+from helpers.checkpoints.checkpoint import CheckpointError, describe, save_checkpoint
 from models import FRONTENDS, MODELS, get_frontend, get_model
 from tests.golden_inputs import fill_state
 from tests.processes import together
-from tests.test_published import SMALL_BEATS
+from tests.test_foreign import SMALL_BEATS
 from tests.test_run_teacher_logits import MEL, expected, read_meta
 
 OPTIONS = [

@@ -16,7 +16,7 @@ import torch
 
 import run_training
 from helpers import cli
-from helpers.checkpoint import load_checkpoint, load_model
+from helpers.checkpoints.checkpoint import load_checkpoint, load_model
 
 ROOT = Path(__file__).parents[1]
 # A front end and a network small enough for seconds of training.
@@ -363,7 +363,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(options, monkeypatch, ca
     def full(*_):
         raise OSError(28, "No space left on device", "last.pt")
 
-    monkeypatch.setattr("helpers.checkpoint._save", full)
+    monkeypatch.setattr("helpers.checkpoints.checkpoint._save", full)
     status, errors = outcome(["--resume", run_of().name, "--n_epochs", "2"], monkeypatch, capsys)
     assert status == 2
     assert errors.strip().splitlines()[-1] == "error: No space left on device: last.pt"

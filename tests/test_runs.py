@@ -17,8 +17,8 @@ import run_teacher_logits
 import run_training
 from datasets.files import locked
 from helpers import loop
-from helpers.checkpoint import load_checkpoint
-from helpers.runs import resume_command
+from helpers.checkpoints.checkpoint import load_checkpoint
+from helpers.runs.run import resume_command
 from tests.test_run_training import lines, options, outcome, responses, run_of, weights, without_times
 
 __all__ = ["options", "responses"]  # fixtures

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import run_teacher_logits
-from helpers.checkpoint import CheckpointError
+from helpers.checkpoints.checkpoint import CheckpointError
 from helpers.teachers import find_teachers
 from models import get_model
 

@@ -6,8 +6,8 @@ import torch
 import run_export
 import run_qat
 from helpers import cli
-from helpers.checkpoint import describe, load_model, save_checkpoint
-from helpers.stated import add_stated_options, believe
+from helpers.checkpoints.checkpoint import describe, load_model, save_checkpoint
+from helpers.checkpoints.stated import add_stated_options, believe
 from models import FRONTENDS, MODELS, get_frontend, get_model
 
 

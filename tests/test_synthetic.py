@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from datasets import synthetic, synthetic_devices
+from datasets import synthetic
 from datasets.synthetic import SYNTHETIC_NOTICE, write_synthetic
-from datasets.synthetic_devices import MICROPHONES, N_IR_SAMPLES, Microphone
-from datasets.synthetic_scenes import SCENE_SOURCES
+from datasets.synthetic import devices as synthetic_devices
+from datasets.synthetic.devices import MICROPHONES, N_IR_SAMPLES, Microphone
+from datasets.synthetic.scenes import SCENE_SOURCES
 from datasets.tau import CITIES, RECORDING_DEVICES, SCENES, parse_clip_name, recording_key
 
 N_TRAIN, N_TEST = 10, 10  # recordings: one per scene and part

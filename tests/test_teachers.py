@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from datasets.tau import SCENES, read_meta
-from helpers import resources, teachers
-from helpers.checkpoint import CheckpointError, describe, save_checkpoint
-from helpers.download import DownloadError
+from helpers import teachers
+from helpers.checkpoints.checkpoint import CheckpointError, describe, save_checkpoint
+from helpers.fetch import resources
+from helpers.fetch.download import DownloadError
 from helpers.teachers import PartFile, find_teacher, find_teachers, load_teacher_model, mean_logits, unique_names
 from models import FRONTENDS, MODELS, get_frontend, get_model
-from models.teachers import FRONTEND_OF, OLD_NAMES, RELEASE, TEACHERS, published_name
+from models.published import FRONTEND_OF, OLD_NAMES, RELEASE, TEACHERS, published_name
 from tests.golden_inputs import clip, fill_state, wave
 from tests.http_server import FileServer, Served
 

@@ -12,8 +12,8 @@ from models.integer import IntAdd, IntAvgPool, IntConv, IntResponseNorm, QTensor
 from models.quantized import QuantConfig
 from models.xnnpack import FORMS, XnnAdd, XnnConv, XnnIntResponseNorm, XnnMel, for_xnnpack
 from tests.golden_inputs import wave
+from tests.test_cp_mel_export import CONFIGS, build, noise
 from tests.test_integer import random_activation
-from tests.test_mel_export import CONFIGS, build, noise
 from tests.test_quantization import OTHERS, network, prepared, spectrograms
 
 QUANTIZED = torch.ops.quantized_decomposed

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers import download, zenodo
-from helpers.download import DownloadError
-from helpers.zenodo import download_record, extract_zip, plan, read_record
+from helpers.fetch import download, zenodo
+from helpers.fetch.download import DownloadError
+from helpers.fetch.zenodo import download_record, extract_zip, plan, read_record
 from tests.http_server import FileServer, Served, make_zip, publish_record
 
 TOP = "TAU-urban-acoustic-scenes-2022-mobile-development"
@@ -158,7 +158,7 @@ def test_an_archive_left_by_a_kill_before_its_deletion_is_deleted(server, tmp_pa
 
 def test_a_run_killed_by_sigkill_is_finished_by_the_next(server, tmp_path, caplog):
     program = (
-        "import sys; from helpers.zenodo import download_record; "
+        "import sys; from helpers.fetch.zenodo import download_record; "
         f"download_record({RECORD}, sys.argv[1], api={server.url('/api')!r}, backoff=0.001)"
     )
     server.files[content_path(f"{TOP}.audio.2.zip")].drop_after = 3000

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from datasets.audio import read_audio
 from models import get_frontend
-from models.mel import LOG_OFFSET, SCALE, SHIFT, CpMel
-from models.mel_export import CpMelExport, split_frame, split_transform
+from models.frontends.cp_mel import LOG_OFFSET, SCALE, SHIFT, CpMel
+from models.frontends.cp_mel_export import CpMelExport, split_frame, split_transform
 from tests.golden_inputs import clip
 
 # name -> (options of the front end, samples)

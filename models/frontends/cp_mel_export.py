@@ -1,4 +1,4 @@
-"""The log-mel front end of `models/mel.py` for exported files: the same numbers, from matrix products alone.
+"""The log-mel front end of `cp_mel.py` for exported files: the same numbers, from matrix products alone.
 
 Runtimes on phones, in browsers and on boards have no fast Fourier transform (or a slow one: the spectra of one 1-second
 clip take 9.4 ms with the STFT operator of ONNX Runtime, on one thread) and no embedding bag. `CpMelExport` writes the
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.mel import LOG_OFFSET, PREEMPHASIS, SCALE, SHIFT, CpMel
+from models.frontends.cp_mel import LOG_OFFSET, PREEMPHASIS, SCALE, SHIFT, CpMel
 
 # Weights (bands x bins) of one block of filters: larger blocks multiply more zeros, smaller ones are more operators.
 BLOCK_WEIGHTS = 4096

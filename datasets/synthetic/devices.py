@@ -11,7 +11,7 @@ import numpy as np
 from numpy import ndarray
 from numpy.random import Generator
 
-from datasets.synthetic_signals import (
+from datasets.synthetic.signals import (
     GRID_HZ,
     N_SAMPLES,
     SAMPLE_RATE,

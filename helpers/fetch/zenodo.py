@@ -26,7 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from datasets.files import locked, matching, write_json
-from helpers.download import (
+from helpers.fetch.download import (
     MAX_ANSWER_BYTES,
     DownloadError,
     UnreachableError,
@@ -181,7 +181,7 @@ def download_record(
         root: folder for all of it; made when missing.
         api: address of Zenodo's API.
         keep_archives: keep the archives beside what they held.
-        n_tries, progress, backoff: as in `helpers.download.fetch`.
+        n_tries, progress, backoff: as in `helpers.fetch.download.fetch`.
         report: receives the plan and one line per file.
 
     Returns:

@@ -33,9 +33,9 @@ from numpy import ndarray
 from tqdm import tqdm
 
 from datasets.files import locked
-from datasets.synthetic_devices import random_microphone, record
-from datasets.synthetic_scenes import render_scene
-from datasets.synthetic_signals import RECORDING_SECONDS, SAMPLE_RATE, named_rng
+from datasets.synthetic.devices import random_microphone, record
+from datasets.synthetic.scenes import render_scene
+from datasets.synthetic.signals import RECORDING_SECONDS, SAMPLE_RATE, named_rng
 from datasets.tau import CITIES, DEVICE_GROUPS, SCENES
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy import ndarray
 from numpy.random import Generator
 
-from datasets.synthetic_signals import (
+from datasets.synthetic.signals import (
     N_SAMPLES,
     RECORDING_SECONDS,
     SAMPLE_RATE,

@@ -5,7 +5,7 @@ import torchaudio
 from scipy.signal import stft
 
 from models import get_frontend
-from models.mel import LOG_OFFSET, CpMel, CpMelConfig
+from models.frontends.cp_mel import LOG_OFFSET, CpMel, CpMelConfig
 from tests.golden_inputs import clip
 
 CONFIGS = ["mel_cpresnet_eval", "mel_passt_eval", "mel_student_train_pinned"]

@@ -7,8 +7,8 @@ from torch import nn
 from torch.ao import quantization
 
 from datasets.tau import SCENES
-from helpers.checkpoint import CheckpointError, load_model
-from helpers.published import ForeignError, recognise
+from helpers.checkpoints.checkpoint import CheckpointError, load_model
+from helpers.checkpoints.foreign import ForeignError, recognise
 from models import get_model
 from tests.golden_inputs import fill_state, wave
 

@@ -14,12 +14,12 @@ from datasets.impulse_responses import MICIRP_URL
 from datasets.tau import SUBSET_URL
 from datasets.teacher_logits import TEACHER_LOGITS_URL, is_logits, read_logits_file
 from datasets.torch_file import read_torch_file
-from helpers.download import UnreachableError, fetch, fetch_recorded
-from helpers.published import recognise
+from helpers.checkpoints.foreign import recognise
+from helpers.fetch.download import UnreachableError, fetch, fetch_recorded
 from models import get_model
 from models.beats import differences
 from models.passt import ARCHITECTURES, RELEASES
-from models.teachers import RELEASE, TEACHERS, Teacher
+from models.published import RELEASE, TEACHERS, Teacher
 
 PUBLISHED_RUN = "c0a7nzin"
 PUBLISHED_URL = (
@@ -30,7 +30,7 @@ PUBLISHED_SHA256 = "41a1ff72cadb90f6ce0345ed961822f7d0a77ab92b5fcafe9e07d00d891c
 
 log = logging.getLogger(__name__)
 
-RESOURCES = Path(__file__).resolve().parent.parent / "resources"
+RESOURCES = Path(__file__).resolve().parents[2] / "resources"
 
 
 def micirp_folder(folder: Path = RESOURCES / "dirs", url: str = MICIRP_URL) -> Path:
@@ -56,7 +56,7 @@ def teacher_file(name: str, folder: Path = RESOURCES, url: str = RELEASE) -> Pat
     """The weights of a published teacher; size and checksum are recorded once it has loaded.
 
     Args:
-        name: key of models.teachers.TEACHERS.
+        name: key of models.published.TEACHERS.
         url: of the folder that the file is in.
     """
     teacher = TEACHERS[name]

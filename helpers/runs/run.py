@@ -17,14 +17,14 @@ from torch import Tensor
 from datasets.files import ContentError, check_content, locked, read_json
 from datasets.waveforms import Clips
 from helpers import cli
-from helpers.checkpoint import CheckpointError
+from helpers.checkpoints.checkpoint import CheckpointError
 from helpers.data import changed_data
 from helpers.distributed import Processes, keep, launched_as, main_decides, recall
-from helpers.logger import RunLogger, has_results, new_id
+from helpers.fetch.resources import PUBLISHED_RUN, published_checkpoint
 from helpers.loop import LoopState, StoppedError, StopSignal, Update
 from helpers.options import FREE_ON_RESUME
-from helpers.report import epoch_line, metric_tables, write_report
-from helpers.resources import PUBLISHED_RUN, published_checkpoint
+from helpers.report.report import epoch_line, metric_tables, write_report
+from helpers.runs.logger import RunLogger, has_results, new_id
 
 log = logging.getLogger(__name__)
 

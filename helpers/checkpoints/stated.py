@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers import cli
-from helpers.checkpoint import LoadedModel
+from helpers.checkpoints.checkpoint import LoadedModel
 from helpers.options import FRONTEND_OPTIONS
 from helpers.teachers import TeacherSource
 from models import FRONTENDS, MODELS

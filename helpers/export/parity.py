@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from datasets.audio import resample
-from datasets.synthetic_devices import MICROPHONES, record
-from datasets.synthetic_scenes import render_scene
-from datasets.synthetic_signals import SAMPLE_RATE, named_rng
+from datasets.synthetic.devices import MICROPHONES, record
+from datasets.synthetic.scenes import render_scene
+from datasets.synthetic.signals import SAMPLE_RATE, named_rng
 from datasets.tau import SCENES
 
 

@@ -3,7 +3,7 @@
 Our own hold `model` and `frontend` as {name, config, state}, the class names, the options of the run and, for resuming,
 the state of optimizer, scaler, random generators and loop. `precision` says what the network is for: fp32 (or left
 out), fp16, or int8: the state then includes the ranges of activations, and `quantization` holds its config. Checkpoints
-of others are read too, see helpers/published.py.
+of others are read too, see helpers/checkpoints/foreign.py.
 """
 
 import logging
@@ -18,13 +18,13 @@ from torch import nn
 from datasets.files import ContentError, check_content, matching, replacing
 from datasets.tau import SCENES, Meta
 from datasets.torch_file import read_torch_file
+from helpers.checkpoints.foreign import ForeignError, recognise
 from helpers.loop import LoopState, NonFiniteLossError, Update
-from helpers.published import ForeignError, recognise
 from helpers.quantization import prepare
 from models import FRONTENDS, MODELS, get_frontend, get_model
 from models.beats import differences
+from models.published import FRONTEND_OF
 from models.quantized import QuantConfig
-from models.teachers import FRONTEND_OF
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from helpers.complexity import peak_values
 from helpers.errors import ExportError
-from helpers.export_executorch import export_executorch
-from helpers.export_onnx import export_onnx
+from helpers.export.executorch_program import export_executorch
+from helpers.export.onnx_file import export_onnx
 from models.blocks import fold
-from models.mel import CpMel
-from models.mel_export import CpMelExport
+from models.frontends.cp_mel import CpMel
+from models.frontends.cp_mel_export import CpMelExport
 
 WAVEFORM, LOG_MEL = "waveform", "log_mel"  # names of the two kinds of input
 

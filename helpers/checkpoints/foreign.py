@@ -19,13 +19,13 @@ from typing import Any
 
 from torch import Tensor
 
-from helpers.state_dicts import as_float32, candidates, log_found, unfolded
+from helpers.checkpoints.state_dicts import as_float32, candidates, log_found, unfolded
 from models.beats import BeatsConfig, some
 from models.beats_checkpoint import TABLE, read_checkpoint
 from models.cp_mobile import make_divisible
 from models.cp_resnet import CpResnetConfig, kernel_sizes
 from models.passt import ARCHITECTURES, PATCH, PasstConfig
-from models.teachers import FRONTEND_OF
+from models.published import FRONTEND_OF
 
 log = logging.getLogger(__name__)
 
