@@ -13,7 +13,7 @@ train: .venv/run.stamp
 
 # A teacher, its logits, a student that learns from them, the student in 8 bits, and its files with a parity report.
 pipeline: .venv/run.stamp
-	$(BIN)/python run_teacher_training.py $(SMALL) --run_id teacher --logger none --teacher cp_resnet --cropped --n_epochs 60 --batch_size 64 --lr 0.003 --warm_up_len 4 --ramp_down_start 20 --ramp_down_len 38 --eval_every 20
+	$(BIN)/python run_training.py --config recipes/cp_resnet.yaml $(SMALL) --run_id teacher --logger none --cropped --n_epochs 60 --batch_size 64 --lr 0.003 --warm_up_len 4 --ramp_down_start 20 --ramp_down_len 38 --eval_every 20
 	$(BIN)/python run_teacher_logits.py $(SMALL) --teachers teacher --output $(PIPELINE)/teacher_logits.pt
 	$(BIN)/python run_training.py $(SMALL) --run_id student --logger none --teacher_logits $(PIPELINE)/teacher_logits.pt --base_channels 16 --channels_multiplier 1.5 --expansion_rate 1.8 --n_epochs 30 --batch_size 64 --lr 0.003 --warm_up_len 3 --ramp_down_start 10 --ramp_down_len 19 --eval_every 10
 	$(BIN)/python run_qat.py $(SMALL) --run_id int8 --logger none --wandb_id student --teacher_logits $(PIPELINE)/teacher_logits.pt --n_epochs 5 --freeze_params_epochs 2 --batch_size 64 --lr 1e-4 --ramp_down_len 4 --eval_every 5

@@ -8,6 +8,7 @@ python run_dataset.py cache --dataset_dir data/TAU...  builds the waveform store
 import helpers.start  # noqa: F401, I001 (before torch)
 
 import shlex
+import sys
 from pathlib import Path
 
 from datasets.cache import open_store
@@ -15,13 +16,15 @@ from datasets.doctor import check
 from datasets.tau import TAU22_PAGE, read_meta
 from helpers import cli
 from helpers.data import DataConfig, dataset_root
+from helpers.parts import STUDENT, Parts
+from helpers.recipes import parse
 from helpers.fetch.zenodo import ZENODO_API, download_record
 
 TAU22_RECORD = 6337421
 
 
-def make_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
+def make_parser(_chosen: Parts = STUDENT) -> cli.Parser:
+    parser = cli.Parser(__doc__, prog="run_dataset.py")
     commands = parser.add_subparsers(dest="command", required=True, metavar="download|check|cache")
 
     download = commands.add_parser("download", help="fetch and extract TAU22's development set", description=TAU22_PAGE)
@@ -45,7 +48,7 @@ def make_parser() -> cli.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    args = make_parser().parse_args(argv)
+    _, args = parse(make_parser, sys.argv[1:] if argv is None else argv)
     if args.command == "download":
         folder = download_record(
             args.record, Path(args.dataset_dir), api=args.zenodo_api, keep_archives=args.keep_archives, report=print

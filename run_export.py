@@ -35,8 +35,10 @@ from helpers.complexity import table as complexity_table
 from helpers.data import DataConfig, load_data
 from helpers.export.files import activation_bytes, example_input, write_executorch, write_onnx
 from helpers.export.executorch_program import run_program
+from helpers.parts import STUDENT, Parts
 from helpers.quantization import convert, float_layers, float_network, for_target, overflowing_layers, step_of_logits
-from helpers.runs.run import source_checkpoint
+from helpers.recipes import parse
+from helpers.runs.folder import source_checkpoint
 from helpers.checkpoints.stated import add_stated_options, believe
 
 log = logging.getLogger(__name__)
@@ -58,8 +60,12 @@ class File:
         return parity.run_onnx(self.path, inputs, exact=exact)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(__doc__, usage="python run_export.py --wandb_id ID | --checkpoint PATH [--option value ...]")
+def make_parser(chosen: Parts = STUDENT) -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        __doc__,
+        prog="run_export.py",
+        usage="python %(prog)s --wandb_id ID | --checkpoint PATH [--option value ...]",
+    )
     source = parser.add_argument_group("what to export")
     source.add_argument("--wandb_id", metavar="ID", help="run of this project; its checkpoint is found by itself")
     source.add_argument("--checkpoint", metavar="PATH", help="instead of a run: a checkpoint, ours or published")
@@ -85,13 +91,12 @@ def make_parser() -> argparse.ArgumentParser:
                         help="one-thread runs whose median is an ONNX file's latency; 0 is off")  # fmt: skip
     cli.add_config_arguments(parser, "data for the parity report", DataConfig)
     parser.set_defaults(dataset=None)
-    add_stated_options(parser)
+    add_stated_options(parser, chosen)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser()
-    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    parser, args = parse(make_parser, sys.argv[1:] if argv is None else argv)
     path = source_checkpoint(args.project_name, args.wandb_id, args.checkpoint)
     loaded = believe(parser, args, load_model(path), path)
     n_samples = clip_length(args, loaded, path)
@@ -102,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     networks = {"fp32": source, "fp16": for_target(source, "fp16")}
     if loaded.precision == "int8":
         networks["int8"] = convert(loaded.model)
-    shape = tuple(example_input(loaded.frontend, loaded.frontend.config.sample_rate, False).shape[1:])
+    shape = tuple(example_input(loaded.frontend, loaded.frontend.sample_rate, False).shape[1:])
     # As the rules count it: before folding, which is what is left of a network that was trained in 8 bits.
     plain = type(source)(source.config) if loaded.precision == "int8" else source.float()
     report = measure(plain, shape)
@@ -158,7 +163,7 @@ def overflow_line(network: nn.Module) -> str:
 
 def clip_length(args: argparse.Namespace, loaded: LoadedModel, path: Path) -> int:
     """Samples of a clip; refuses a rate that is not the front end's."""
-    rate = loaded.frontend.config.sample_rate
+    rate = loaded.frontend.sample_rate
     if args.sample_rate not in (None, rate):
         raise CheckpointError(
             f"--sample_rate {args.sample_rate}, but the front end of {path} works at {rate} Hz: resample the waveform "
@@ -207,7 +212,7 @@ def write_files(
 
 def parity_clips(args: argparse.Namespace, loaded: LoadedModel, n_samples: int) -> tuple[Tensor, list[str]]:
     """Clips (clip, sample) and their recording devices."""
-    rate = loaded.frontend.config.sample_rate
+    rate = loaded.frontend.sample_rate
     if args.clips:
         if not Path(args.clips).is_dir():
             raise DataError(f"--clips {args.clips} is no folder: name the folder of the wav files")

@@ -38,13 +38,13 @@ from datasets.tau import DataError, Meta, read_meta, read_split, test_rows, trai
 from datasets.teacher_logits import is_logits, read_logits, read_logits_file
 from datasets.waveforms import Clips, batches
 from helpers import cli
-from helpers.checkpoints.checkpoint import CheckpointError, save_checkpoint
+from helpers.checkpoints.checkpoint import CheckpointError, check_scenes, save_checkpoint
 from helpers.data import DataConfig, dataset_root, place_on_device
-from helpers.distributed import Processes, join_processes
 from helpers.fetch.download import file_hash
-from helpers.loop import Precision
-from helpers.memory import keep_freed_memory
+from helpers.machine import Machine, Precision, open_machine
 from helpers.options import add_compute_options, add_data_options
+from helpers.parts import STUDENT, Parts
+from helpers.recipes import parse
 from helpers.fetch.resources import RESOURCES, subset_file
 from helpers.checkpoints.stated import add_stated_options, believe_of_teachers
 from helpers.teachers import (
@@ -52,7 +52,6 @@ from helpers.teachers import (
     PartFile,
     TeacherSource,
     check_distinct,
-    check_scenes,
     find_teacher,
     mean_logits,
     scorer,
@@ -94,8 +93,12 @@ class Source:
         return kept | {"weight": self.weight, "shifts": self.shifts, "provenance": self.provenance}
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(__doc__, usage="python run_teacher_logits.py --teachers X ... [--option value ...]")
+def make_parser(chosen: Parts = STUDENT) -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        __doc__,
+        prog="run_teacher_logits.py",
+        usage="python %(prog)s --teachers X ... [--option value ...]",
+    )
     teachers = parser.add_argument_group("teachers")
     teachers.add_argument("--teachers", nargs="+", required=True, metavar="X",
                           help="published names, ids of runs, checkpoints, files of logits")  # fmt: skip
@@ -117,17 +120,13 @@ def make_parser() -> argparse.ArgumentParser:
     add_data_options(parser)
     compute = add_compute_options(parser)
     compute.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the networks")
-    add_stated_options(parser, with_network=False)
+    add_stated_options(parser, chosen, with_network=False)
     parser.set_defaults(data_on_device="no")  # a clip is read once
     return parser
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    parser = make_parser()
-    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    device = cli.torch_device(parser, args.torch_device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    parser, args = parse(make_parser, sys.argv[1:] if argv is None else argv)
     with cli.option_errors(parser):
         config = cli.config_from(args, DataConfig)
     weights = args.weights or [1.0] * len(args.teachers)
@@ -136,7 +135,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if config.val_fraction:
         parser.error("--val_fraction means nothing here: every training clip gets logits")
 
-    processes = join_processes(device)
+    machine = open_machine(parser, args)
+    processes = machine.processes
     with processes.main_first():
         meta = read_meta(dataset_root(config))
         rows = part_rows(meta, args.part, config.subset)
@@ -147,23 +147,23 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         teachers = believe_of_teachers(parser, args, [source.teacher for source in networks(sources)])
         for source, teacher in zip(networks(sources), teachers, strict=True):
             source.teacher = teacher
-        stores = check_sources(sources, meta, rows, args, device)
+        stores = check_sources(sources, meta, rows, args, machine)
 
     parts = output.with_name(f"{output.name}.parts")
     with locked(parts / "lock", str(parts)) if processes.is_main else nullcontext():
         if processes.is_main:
             identities = {
-                source.name: identity(source, meta, rows, stores, args, device) for source in networks(sources)
+                source.name: identity(source, meta, rows, stores, args, machine.device) for source in networks(sources)
             }
             PartFile.remove_others(parts, identities.values())
         for source in networks(sources):
             clips = Clips(meta, rows, stores[source.sample_rate])
-            place_on_device(clips, args.data_on_device, device)
+            place_on_device(clips, args.data_on_device, machine.device)
             part = None
             if processes.is_main:
                 part = PartFile(parts, identities[source.name], (len(rows), len(meta.scenes)), args.batch_size)
                 source.logits = part.logits
-            answer(source, clips, part, args, device, processes)
+            answer(source, clips, part, args, machine)
         if not processes.is_main:
             return {}
         logits, metrics = combine(sources, meta, rows, args.average)
@@ -243,7 +243,7 @@ def read_provenance(spec: str) -> tuple[bool, Any]:
 
 
 def check_sources(
-    sources: Sequence[Source], meta: Meta, rows: np.ndarray, args: argparse.Namespace, device: torch.device
+    sources: Sequence[Source], meta: Meta, rows: np.ndarray, args: argparse.Namespace, machine: Machine
 ) -> dict[int, WaveformStore]:
     """Everything that can be told before the work: files of logits are read, every network answers once.
 
@@ -259,14 +259,14 @@ def check_sources(
             source.logits = read_logits(source.path, meta, rows, subset_file, part)
         else:
             loaded = source.teacher.load()
-            check_scenes(source.teacher, loaded, meta)
+            check_scenes(source.teacher.path, loaded, meta, "take another teacher")
             source.architecture = type(loaded.model).__name__
-            source.sample_rate = loaded.frontend.config.sample_rate
+            source.sample_rate = loaded.frontend.sample_rate
             source.shifts = shifts(args.n_shifts, args.max_shift, source.sample_rate)
     rates = sorted({source.sample_rate for source in networks(sources)})
     stores = {rate: open_store(meta, rate, args.cache_path) for rate in rates}
     for source in networks(sources):
-        scorer(source.teacher, source.teacher.load(), stores[source.sample_rate].n_samples, device, args.channels_last)
+        scorer(source.teacher, source.teacher.load(), stores[source.sample_rate].n_samples, machine)
     return stores
 
 
@@ -296,10 +296,7 @@ def identity(
 
 
 @torch.inference_mode()
-def answer(
-    source: Source, clips: Clips, part: PartFile | None, args: argparse.Namespace, device: torch.device,
-    processes: Processes,
-) -> None:  # fmt: skip
+def answer(source: Source, clips: Clips, part: PartFile | None, args: argparse.Namespace, machine: Machine) -> None:
     """Lets a network answer for the clips that its part file does not have yet.
 
     Several processes take whole batches in turn, so their number decides neither the bits nor what can be gone on with.
@@ -310,16 +307,17 @@ def answer(
     Raises:
         CheckpointError: for logits that are not finite, with the first clip.
     """
+    processes = machine.processes
     order = torch.arange(len(clips)).split(args.batch_size)
     n_done, n_batches = processes.gather(part.n_done if part is not None else 0)[0], len(order)
     if n_done:
         log.info("%s: %d of %d batches are there already", source.name, n_done, n_batches)
     if n_done == n_batches:
         return
-    model, frontend = scorer(source.teacher, source.teacher.load(), clips.store.n_samples, device, args.channels_last)
-    precision = Precision(args.precision, device)
-    own = order[n_done + processes.rank :: processes.size]
-    loader = batches(clips, torch.cat(own), args.batch_size, device, n_ahead=args.num_workers) if own else iter(())
+    model, frontend = scorer(source.teacher, source.teacher.load(), clips.store.n_samples, machine)
+    precision = Precision(args.precision, machine.device)
+    own = torch.cat([torch.empty(0, dtype=torch.int64), *order[n_done + processes.rank :: processes.size]])
+    loader = iter(batches(clips, own, args.batch_size, machine.device, n_ahead=machine.n_ahead) if len(own) else ())
     hidden = None if processes.is_main else True
     with tqdm(total=n_batches, initial=n_done, desc=source.name, unit="batch", disable=hidden) as bar:
         for first in range(n_done, n_batches, processes.size):

@@ -20,23 +20,29 @@ from torch import Tensor
 from datasets.synthetic import SYNTHETIC_NOTICE
 from datasets.tau import read_meta
 from helpers import cli
+from helpers.checkpoints.checkpoint import check_scenes
 from helpers.data import Data, DataConfig, dataset_root, load_data, place_on_device
-from helpers.distributed import join_processes
 from helpers.runs.logger import LOGGERS
 from helpers.loop import predict
-from helpers.memory import keep_freed_memory
+from helpers.machine import open_machine
 from helpers.metrics import score
 from helpers.options import add_compute_options, add_data_options
+from helpers.parts import STUDENT, Parts
+from helpers.recipes import parse
 from helpers.report.report import metric_tables
-from helpers.runs.run import open_run
+from helpers.runs.run import open_logger
 from helpers.checkpoints.stated import add_stated_options, believe_of_teachers
-from helpers.teachers import TeacherSource, check_scenes, find_teachers, mean_logits, scorer
+from helpers.teachers import TeacherSource, find_teachers, mean_logits, scorer
 
 log = logging.getLogger(__name__)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(__doc__, usage="python run_teacher_validation.py [--model_name NAME ...] [--checkpoint X ...]")
+def make_parser(chosen: Parts = STUDENT) -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        __doc__,
+        prog="run_teacher_validation.py",
+        usage="python %(prog)s [--model_name NAME ...] [--checkpoint X ...]",
+    )
     teachers = parser.add_argument_group("teachers")
     teachers.add_argument("--model_name", nargs="+", default=["passt_dirfms_1"], metavar="NAME",
                           help="published ones; --checkpoint alone switches the default off")  # fmt: skip
@@ -50,22 +56,18 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--batch_size", type=cli.number(int, 1), default=32)
     add_data_options(parser)
     add_compute_options(parser)
-    add_stated_options(parser, with_network=False)
+    add_stated_options(parser, chosen, with_network=False)
     parser.set_defaults(data_on_device="no")  # a clip is read once
     return parser
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    parser = make_parser()
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
-    device = cli.torch_device(parser, args.torch_device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    parser, args = parse(make_parser, sys.argv[1:] if argv is None else argv)
     with cli.option_errors(parser):
         config = cli.config_from(args, DataConfig)
-    processes = join_processes(device)
-    names = args.model_name if not args.checkpoint or "model_name" in cli.given_options(parser, argv) else []
+    machine = open_machine(parser, args)
+    processes = machine.processes
+    names = args.model_name if not args.checkpoint or "model_name" in args.given else []
     data: dict[int, Data] = {}
     with processes.main_first():
         sources = find_teachers([*names, *args.checkpoint], args.project_name)
@@ -75,20 +77,18 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             data[rate] = load_data(config, rate, seed=0)
     processes.check_share(len(data[rates[0]].test), "test clips")
     for part in data.values():
-        place_on_device(part.test, args.data_on_device, device)
+        place_on_device(part.test, args.data_on_device, machine.device)
     for source, rate in zip(sources, rates, strict=True):  # not kept: twelve would take gigabytes
-        scorer(source, source.load(), data[rate].store.n_samples, device, args.channels_last)
+        scorer(source, source.load(), data[rate].store.n_samples, machine)
 
     metrics: dict[str, float] = {}
     answers: dict[str, Tensor] = {}
-    with open_run(processes, args.project_name, None, vars(args), args.logger, args.experiment_name) as logger:
+    with open_logger(processes, args) as logger:
         for source, rate in zip(sources, rates, strict=True):
             part = data[rate]
             log.info("scoring %s (%s) on %d test clips at %d Hz", source.name, source.path, len(part.test), rate)
-            model, frontend = scorer(source, source.load(), part.store.n_samples, device, args.channels_last)
-            answers[source.name] = predict(
-                model, frontend, part.test, args.batch_size, device, args.num_workers, processes
-            )
+            model, frontend = scorer(source, source.load(), part.store.n_samples, machine)
+            answers[source.name] = predict(model, frontend, part.test, machine)
         if len(sources) > 1:
             answers["ensemble"] = mean_logits(list(answers.values()))
         part = data[rates[0]]
@@ -116,8 +116,8 @@ def check_all(sources: list[TeacherSource], config: DataConfig) -> list[int]:
     rates = []
     for source in sources:
         loaded = source.load()
-        check_scenes(source, loaded, meta)
-        rates.append(loaded.frontend.config.sample_rate)
+        check_scenes(source.path, loaded, meta, "take another teacher")
+        rates.append(loaded.frontend.sample_rate)
     return rates
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers.loop import Precision
+from helpers.machine import Precision
 from helpers.memory import keep_freed_memory
 from models.passt import Passt, PasstConfig
 

@@ -29,11 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets.cache import open_store
 from datasets.tau import read_meta
-from datasets.waveforms import Batch, Clips, batches
-from helpers.augment import AugmentConfig, build_augment
+from datasets.waveforms import Batch, Clips
+from helpers.augment import AUGMENTATIONS, DEFAULT_CHAIN, build_chain
+from helpers.augment.augmentation import Setting
+from helpers.augment.device_impulse_response import DirConfig
 from helpers.augment.freq_mixstyle import mix_style
-from helpers.loop import LoopState, Precision, Update, train_one_epoch
+from helpers.loop import Epoch, Update, train_one_epoch
 from helpers.losses import kd_loss
+from helpers.machine import Machine
 from helpers.memory import keep_freed_memory
 from models import get_frontend, get_model
 from models.cp_mobile import CpMobileConfig, ResponseNorm
@@ -128,11 +131,15 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
             torch.save(torch.from_numpy(clips.store.read(np.array([row]))).float() / 32768, path)
 
         rng = np.random.default_rng(1)
+        (Path(folder) / "irs").mkdir()
         responses = [rng.standard_normal(12000).astype(np.float32) * np.exp(-np.arange(12000) / 500) for _ in range(66)]
         responses = [response.astype(np.float32) for response in responses]
         frontend, model = get_frontend("cp_mel").to(device), get_model("cp_mobile")
-        config = AugmentConfig(dir_prob=DIR_PROB)
-        augment = build_augment(config, responses, [0], RATE, frontend.mask_value).to(device)
+        for i, response in enumerate(responses):
+            soundfile.write(Path(folder) / f"irs/{i}.wav", response, RATE, subtype="FLOAT")
+        configs = {name: AUGMENTATIONS[name][0]() for name in DEFAULT_CHAIN} | {"dir": DirConfig(dir_prob=DIR_PROB)}
+        setting = Setting(clips, frontend.mask_value, responses=Path(folder) / "irs")
+        augment = build_chain(configs, setting).to(device)
         impulse_response, roll = augment["waveform"]
         model.to(device, memory_format=torch.channels_last)
         plain_frontend, plain_model = PlainMel().to(device), plain_network().to(device)
@@ -186,15 +193,10 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
             network(plain_model, plain_masking(x))
             plain_optimizer.step()
 
-        nothing = torch.amp.GradScaler(device.type, enabled=False)
-
         def loop() -> None:
-            loader = batches(clips, torch.randperm(len(meta)), n, device)
-            update = Update(optimizer, nothing, Precision("fp32", device), n)
-            train_one_epoch(
-                model, frontend, augment, lambda y, _: kd_loss(y, target, teacher, 0.02, 2.0), loader, update,
-                LoopState(), lambda: None, len(meta),
-            )  # fmt: skip
+            update = Update(optimizer, Machine(device, n))
+            loss_fn = lambda y, _: kd_loss(y, target, teacher, 0.02, 2.0)  # noqa: E731
+            train_one_epoch(model, frontend, augment, loss_fn, Epoch(clips, update, seed=0), update)
 
         def plain_loop() -> None:
             for _ in range(len(meta) // n):

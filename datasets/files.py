@@ -13,6 +13,8 @@ from typing import IO, Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
+from helpers.errors import UserError
+
 log = logging.getLogger(__name__)
 
 # What flock answers on a file system without locks (some Lustre and NFS mounts).
@@ -20,11 +22,11 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 TEMPORARY = re.compile(r"\.(?P<host>[A-Za-z0-9-]+)\.(?P<pid>\d+)\.tmp")
 
 
-class BusyError(OSError):
+class BusyError(UserError, OSError):
     """Another process holds a lock; one line with the file and what to do."""
 
 
-class ContentError(ValueError):
+class ContentError(UserError, ValueError):
     """What is in a file is not what such a file holds; names the entry, without the file's name."""
 
 

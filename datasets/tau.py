@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from helpers.errors import UserError
+
 # The published order: sorted, and what the output units of every published checkpoint stand for.
 SCENES = (
     "airport", "bus", "metro", "metro_station", "park",
@@ -36,7 +38,7 @@ LEAVES_FOLDER = re.compile(r"^[/\\]|^[A-Za-z]:|(?:^|[/\\])\.\.(?:[/\\]|$)|[\x00-
 log = logging.getLogger(__name__)
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """The data set, a store or a list does not fit; the message names the file and the remedy in one line."""
 
 

@@ -4,7 +4,6 @@ import argparse
 import logging
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,27 +12,16 @@ from dataclasses import MISSING, fields
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NoReturn, TextIO, Union, get_args, get_origin, get_type_hints
 
-import torch
 import yaml
-from torch import nn
 
 from datasets.files import ContentError
-from datasets.tau import DataError
-from helpers.checkpoints.checkpoint import CheckpointError
-from helpers.complexity import LimitError
-from helpers.distributed import end_process, is_loss, leave_processes, local_rank
-from helpers.errors import ExportError
-from helpers.loop import NonFiniteLogitsError, NonFiniteLossError, StoppedError
-from helpers.quantization import QuantizationError
-from helpers.runs.logger import RUN_ID
+from helpers.distributed import end_process, is_loss, leave_processes
+from helpers.errors import StoppedError, UserError
 from models.bounds import MOST
 
 USAGE_ERROR = 2
 # What the user can mend; each is one line that says how.
-USER_ERRORS = (
-    DataError, CheckpointError, NonFiniteLossError, NonFiniteLogitsError, QuantizationError, LimitError, ExportError,
-    OSError,
-)  # fmt: skip
+USER_ERRORS = (UserError, OSError)
 # How torch and numpy begin to say that memory is short; neither has a class of errors for it on a CPU.
 OUT_OF_MEMORY = re.compile(r"can't allocate memory|Unable to allocate|out of memory|Cannot allocate memory")
 
@@ -171,79 +159,63 @@ def check_saved(parser: argparse.ArgumentParser, saved: Mapping[str, Any]) -> No
     """
     for action in parser._actions:
         value = saved.get(action.dest)
-        if value is None:
-            continue
-        several = action.nargs in ("+", "*")
-        if several != isinstance(value, list):
+        if value is not None and typed(action, value) != value:
             raise ContentError(f"{action.dest} is {value!r}")
-        for entry in value if several else [value]:
-            if isinstance(action, OnOff):
-                fits = isinstance(entry, bool)
-            elif isinstance(entry, bool) or not isinstance(entry, (str, int, float)):
-                fits = False
-            elif action.type is None:
-                fits = isinstance(entry, str)
-            else:
-                try:
-                    fits = action.type(str(entry)) == entry
-                except (ValueError, OverflowError, argparse.ArgumentTypeError):
-                    fits = False
-            if not fits or (action.choices is not None and entry not in action.choices):
-                raise ContentError(f"{action.dest} is {entry!r}")
 
 
-def number(kind: type, low: float, high: float = MOST, above: bool = False) -> Callable[[str], float]:
-    """An option type: a number of `kind` in [low, high], or above `low`."""
+def typed(action: argparse.Action, value: Any) -> Any:
+    """The value of an option in a file, as the option's own type has it.
+
+    Raises:
+        ContentError: when the option does not take it.
+    """
+    if value is None and action.default is None:
+        return None
+    if action.nargs in ("+", "*"):
+        if not isinstance(value, list) or (action.nargs == "+" and not value):
+            raise ContentError(f"{action.dest} is {value!r}, it must be a list")
+        return [_typed_entry(action, entry) for entry in value]
+    return _typed_entry(action, value)
+
+
+def _typed_entry(action: argparse.Action, entry: Any) -> Any:
+    if isinstance(action, OnOff):
+        if not isinstance(entry, bool):
+            raise ContentError(f"{action.dest} is {entry!r}, it must be true or false")
+        return entry
+    choices = None if action.choices is None else list(action.choices)
+    if isinstance(entry, bool) and choices and {"yes", "no"} <= set(choices):
+        entry = "yes" if entry else "no"  # what YAML makes of the words
+    if isinstance(entry, bool) or not isinstance(entry, str | int | float):
+        raise ContentError(f"{action.dest} is {entry!r}")
+    try:
+        result = str(entry) if action.type is None else action.type(str(entry))
+    except argparse.ArgumentTypeError as error:
+        raise ContentError(f"{action.dest} is {entry!r}, it {error}") from None
+    except (ValueError, OverflowError):
+        raise ContentError(f"{action.dest} is {entry!r}") from None
+    if choices is not None and result not in choices:
+        raise ContentError(f"{action.dest} is {entry!r}, it must be one of {', '.join(map(str, choices))}")
+    return result
+
+
+def number(
+    kind: type, low: float, high: float = MOST, above: bool = False, below: bool = False
+) -> Callable[[str], float]:
+    """An option type: a number of `kind` in [low, high], or above `low`, or below `high`."""
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is no {'whole ' if kind is int else ''}number") from None
-        if not (low < value if above else low <= value) or value > high or value != value:
-            raise argparse.ArgumentTypeError(f"must be {'>' if above else '>='} {low} and <= {high}, got {text[:40]}")
+        if not (low < value if above else low <= value) or not (value < high if below else value <= high):
+            raise argparse.ArgumentTypeError(
+                f"must be {'>' if above else '>='} {low} and {'<' if below else '<='} {high}, got {text[:40]}"
+            )
         return value
 
     return parse
-
-
-def run_id(text: str) -> str:
-    """An option type: the name of a run's folder."""
-    if not RUN_ID.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"must be letters, digits, '.', '_' or '-', got {text!r}")
-    return text
-
-
-def torch_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
-    """The device called `name`; auto is a CUDA GPU where there is one, else the CPU.
-
-    Of the processes that torchrun starts on a machine, each takes the GPU of its number for auto and cuda.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and local_rank() is not None:
-        name = f"cuda:{local_rank()}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        parser.error(f"--torch_device {name}: no such device; use auto, cpu, cuda or cuda:<number>")
-    if device.type not in ("cpu", "cuda"):
-        parser.error(f"--torch_device {name}: only CPUs and CUDA GPUs; use auto, cpu, cuda or cuda:<number>")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        parser.error(f"--torch_device {name}: {torch.cuda.device_count()} CUDA GPUs were found; use auto or cpu")
-    return device
-
-
-def compiled(parser: argparse.ArgumentParser, model: nn.Module, device: torch.device) -> nn.Module:
-    """The network for --compile; ends with the parser's error where there is no compiler to write its code for."""
-    if device.type == "cuda":
-        variable, compilers = "CC", ("gcc", "clang", "cc")
-    else:
-        variable, compilers = "CXX", ("g++", "clang++")
-    names = [os.environ[variable]] if os.environ.get(variable) else compilers
-    if not any(shutil.which(name) for name in names):
-        parser.error(f"--compile needs a compiler, {' or '.join(names)} was not found: install one, or leave it away")
-    return torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
 
 
 class UnreadStream:

@@ -29,6 +29,7 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from helpers.errors import UserError
 from models.blocks import ConvUnit, fold
 from models.quantized import Switches
 
@@ -38,7 +39,7 @@ MAX_MACS = 30_000_000
 BYTES_PER_VALUE = {"int8": 1, "fp16": 2, "bf16": 2, "fp32": 4}
 
 
-class LimitError(ValueError):
+class LimitError(UserError, ValueError):
     """A network breaks a limit of the challenge; one line with the numbers."""
 
 
@@ -121,6 +122,13 @@ def measure(model: nn.Module, input_shape: tuple[int, ...]) -> Report:
     units = [name for name, module in model.named_modules() if isinstance(module, ConvUnit)]
     folded = fold(_without_masks(_copy(model)).cpu(), torch.zeros(1, *input_shape))
     return Report(tuple(input_shape), _cost(model, input_shape, units), _cost(folded, input_shape, units))
+
+
+def measure_second(model: nn.Module, frontend: nn.Module) -> Report:
+    """Counts a network for a clip of one second, which is what the challenge's limit on MACs is about."""
+    device = next(frontend.buffers()).device
+    log_mel = frontend.eval()(torch.zeros(1, frontend.sample_rate, device=device))
+    return measure(model, tuple(log_mel.shape[1:]))
 
 
 def count_complexity(model: nn.Module, input_shape: tuple[int, ...]) -> Complexity:

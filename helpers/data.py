@@ -3,18 +3,16 @@
 import hashlib
 import logging
 import os
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
 
-from datasets.cache import WaveformStore, open_store
-from datasets.impulse_responses import read_impulse_responses, response_files
+from datasets.cache import WaveformStore, open_joined_store, open_store
+from datasets.crops import CroppedClips
 from datasets.synthetic import SYNTHETIC_NOTICE, write_synthetic
 from datasets.tau import (
     SUBSETS,
@@ -29,9 +27,8 @@ from datasets.tau import (
 )
 from datasets.teacher_logits import read_teacher_logits
 from datasets.waveforms import Clips
-from helpers.augment import AugmentConfig, build_augment
 from helpers.distributed import local_rank
-from helpers.fetch.resources import RESOURCES, micirp_folder, subset_file, teacher_logits_file
+from helpers.fetch.resources import RESOURCES, subset_file, teacher_logits_file
 from models.bounds import Bounds, check_numbers
 
 log = logging.getLogger(__name__)
@@ -88,8 +85,13 @@ def dataset_root(config: DataConfig) -> Path:
     return Path(named)
 
 
-def load_data(config: DataConfig, sample_rate: int, seed: int) -> Data:
+def load_data(config: DataConfig, sample_rate: int, seed: int, cropped: bool = False) -> Data:
     """Reads lists and labels, opens the waveform store (built when missing) and cuts out the parts.
+
+    Args:
+        sample_rate: in Hz.
+        seed: of the recordings that are held out.
+        cropped: the training part is made of windows of whole recordings instead of their segments.
 
     Raises:
         DataError: for anything in the data set that does not fit, with the file and the remedy.
@@ -107,11 +109,15 @@ def load_data(config: DataConfig, sample_rate: int, seed: int) -> Data:
     if len(both):
         raise DataError(f"{len(both)} clips are in the training and in the test part, first {meta.files[both[0]]}")
     # Under torchrun the first process of a machine has been here before the others.
-    store = open_store(meta, sample_rate, config.cache_path, checked=local_rank() not in (None, 0))
+    checked = local_rank() not in (None, 0)
+    store = open_store(meta, sample_rate, config.cache_path, checked=checked)
+    train = Clips(meta, rows, store)
+    if cropped:
+        train = CroppedClips(meta, rows, open_joined_store(meta, store, config.cache_path, checked=checked))
     return Data(
         meta=meta,
         store=store,
-        train=Clips(meta, rows, store),
+        train=train,
         val=None if val is None else Clips(meta, val, store),
         test=Clips(meta, test, store),
         groups=groups,
@@ -130,72 +136,23 @@ def check_n_classes(given: int | None, data: Data) -> int:
     return n_classes
 
 
-def load_augment(
-    config: AugmentConfig, data: Data, data_config: DataConfig, mask_value: float, temperature: float | None = None
-) -> nn.ModuleDict:
-    """The chain of augmentations with the impulse responses that it needs; arguments as those of `build_augment`.
-
-    Raises:
-        DataError: for an unknown device or missing responses; DownloadError when MicIRP's cannot be fetched.
-    """
-    responses, dir_devices = load_responses(config, data, data_config)
-    return build_augment(config, responses, dir_devices, data.store.n_samples, mask_value, temperature)
-
-
-def load_responses(
-    config: AugmentConfig, data: Data, data_config: DataConfig
-) -> tuple[list[np.ndarray], list[int] | None]:
-    """Impulse responses at the rate of the data, and positions of the recording devices they are meant for.
-
-    Without a folder they are those of the embedded data set, else MicIRP's, fetched when missing. `dir_devices` is
-    names joined by commas, `all`, or `auto`: a as published, else the most frequent in training. `dir_prob` 0 reads
-    nothing.
-
-    Raises:
-        DataError: for an unknown device or missing responses; DownloadError when MicIRP's cannot be fetched.
-    """
-    meta = data.meta
-    if config.dir_prob == 0:
-        return [], None
-    folder = responses_folder(config, data, data_config)
-    responses = read_impulse_responses(folder, data.store.sample_rate, data.store.n_samples)
-    if config.dir_devices == "all":
-        return responses, None
-    if config.dir_devices == "auto":
-        most_frequent = Counter(data.train.recording_device.tolist()).most_common(1)[0][0]
-        names = ["a"] if "a" in meta.recording_devices else [meta.recording_devices[most_frequent]]
-    else:
-        names = [name.strip() for name in config.dir_devices.split(",")]
-    unknown = [name for name in names if name not in meta.recording_devices]
-    if unknown:
-        raise DataError(
-            f"--dir_devices names {', '.join(unknown)}; the data set has {', '.join(meta.recording_devices)}"
-        )
-    return responses, [meta.recording_devices.index(name) for name in names]
-
-
-def responses_folder(config: AugmentConfig, data: Data, data_config: DataConfig) -> Path:
-    """The folder of the impulse responses: as named, else the embedded data set's own, else MicIRP's, fetched."""
-    if config.dirs_path is not None:
-        return Path(config.dirs_path)
-    return data.meta.root / "dirs" if data_config.dataset == "synthetic" else micirp_folder()
-
-
-def load_teacher(data: Data, kd_lambda: float, path: str | None, demanded: bool) -> bool:
-    """Attaches teacher logits to the training part where distillation is wanted; returns whether it is on.
+def load_teacher(data: Data, path: str | None, loss_fn: Any, given: Collection[str]) -> None:
+    """Attaches teacher logits to the training part where the loss learns from them.
 
     Args:
-        kd_lambda: weight of the labels; 1 wants no teacher.
         path: file of logits; None: the published ones, for TAU22 alone.
-        demanded: the user asked for distillation explicitly, so going on without is an error.
+        given: options of the command line; where it asks for distillation, going on without is an error.
 
     Raises:
-        DataError: when logits are demanded but there are none, or the file does not fit.
+        DataError: when logits are asked for but there are none, or nobody reads them, or the file does not fit.
     """
-    if kd_lambda == 1:
-        return False
+    if getattr(loss_fn, "teacher_temperature", None) is None:
+        if "teacher_logits" in given and "kd_lambda" not in given:
+            raise DataError("--teacher_logits needs a loss that learns from them: a --kd_lambda below 1, the weight of "
+                            "the labels")  # fmt: skip
+        return
     if path is None and not data.meta.is_tau22:
-        if demanded:
+        if {"kd_lambda", "teacher_logits"} & set(given):
             raise DataError(
                 f"no teacher logits are known for {data.meta.root}: name a file with --teacher_logits, or train on the "
                 "labels alone with --kd_lambda 1"
@@ -203,18 +160,13 @@ def load_teacher(data: Data, kd_lambda: float, path: str | None, demanded: bool)
         log.info(
             "distillation is off: there are no teacher logits for this data set (name a file with --teacher_logits)"
         )
-        return False
+        return
     logits = read_teacher_logits(path or teacher_logits_file(), data.meta, data.train.rows, subset_file)
     data.train.teacher_logits = torch.from_numpy(logits)
-    return True
 
 
-def data_digests(data: Data, config: DataConfig, augment: AugmentConfig | None = None) -> dict[str, str]:
-    """What a run is trained and scored on, in short: part -> digest; the folders that it lies in do not matter.
-
-    Args:
-        augment: whose impulse responses count; None for a run without training.
-    """
+def data_digests(data: Data) -> dict[str, str]:
+    """What a run is trained and scored on, in short: part -> digest; the folders that it lies in do not matter."""
     meta = data.meta
     digests = {"scenes": ", ".join(meta.scenes)}
     for name, clips in (("training clips", data.train), ("held-out clips", data.val), ("test clips", data.test)):
@@ -225,9 +177,6 @@ def data_digests(data: Data, config: DataConfig, augment: AugmentConfig | None =
     digests["length and rate of a clip"] = f"{data.store.n_samples} samples at {data.store.sample_rate} Hz"
     if data.train.teacher_logits is not None:
         digests["teacher logits"] = _digest(data.train.teacher_logits.cpu().numpy().tobytes())
-    if augment is not None and augment.dir_prob > 0:
-        files = response_files(responses_folder(augment, data, config))
-        digests["impulse responses"] = _digest(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
     return digests
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets.tau import DataError
+from helpers.errors import UserError
 
 # The others wait while one process downloads or caches the data set; one that is lost is noticed much earlier.
 TIMEOUT = timedelta(hours=4)
@@ -35,7 +36,7 @@ BEAT_SECONDS = 5.0  # how often a process tells the others that it is alive
 LOST_SECONDS = 120.0  # after which one that does not is lost
 
 
-class LaunchError(OSError):
+class LaunchError(UserError, OSError):
     """Processes that were started together cannot work together; one line with the reason."""
 
 

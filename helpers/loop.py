@@ -2,9 +2,9 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,15 @@ from tqdm import tqdm
 
 from datasets.waveforms import Batch, Clips, batches, epoch_order
 from helpers.data import Data
-from helpers.distributed import ALONE, Processes
+from helpers.errors import UserError
+from helpers.machine import Machine, Precision
 from helpers.metrics import score
 
 READ_SECONDS = 0.5  # how often a loss is read from the device for the progress bar and the check for NaN
 ONE_REQUEST_SECONDS = 2.0  # torchrun and make pass on a signal that the terminal has sent to every process already
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(UserError, RuntimeError):
     """Training has diverged: something is NaN or infinite, and training cannot go on.
 
     Args:
@@ -36,16 +37,12 @@ class NonFiniteLossError(RuntimeError):
         )
 
 
-class NonFiniteLogitsError(ValueError):
+class NonFiniteLogitsError(UserError, ValueError):
     """A network answers NaN or infinity; its scores would mean nothing."""
 
 
-class StoppedError(Exception):
-    """Training was asked to stop and has saved its state; the message says how to resume."""
-
-    def __init__(self, message: str, exit_status: int):
-        super().__init__(message)
-        self.exit_status = exit_status
+# Maps logits (batch, class) and the batch to a scalar, or to a named tuple of scalars; the first is minimised.
+Loss = Callable[[Tensor, Batch], Tensor | tuple[Tensor, ...]]
 
 
 @dataclass
@@ -58,6 +55,18 @@ class LoopState:
     sums: Tensor | None = None  # (loss term,) float64 on the device: losses of the epoch's own clips, summed
     names: tuple[str, ...] = ()  # of the loss terms
     best: float = float("-inf")  # best score on the held-out part so far
+
+    def add(self, means: dict[str, Tensor], n_own: int, n_clips: int) -> None:
+        """Counts a step.
+
+        Args:
+            means: the loss terms of this process's share of the batch.
+            n_own, n_clips: clips of that share, and of the whole batch.
+        """
+        sums = torch.stack(list(means.values())) * n_own
+        self.names, self.sums = tuple(means), sums if self.sums is None else self.sums + sums
+        self.step += 1
+        self.n_clips += n_clips
 
     def finish_epoch(self) -> None:
         self.epoch, self.step, self.n_clips, self.sums = self.epoch + 1, 0, 0, None
@@ -94,37 +103,26 @@ class StopSignal(AbstractContextManager):
             signal.signal(number, handler)
 
 
-@dataclass(frozen=True)
-class Precision:
-    """What the network computes in; front end, loss and weights stay float32."""
-
-    name: str  # fp32, bf16 or fp16
-    device: torch.device
-
-    def autocast(self) -> torch.autocast:
-        dtype = torch.bfloat16 if self.name == "bf16" else torch.float16
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.name != "fp32")
-
-    def scaler(self) -> torch.amp.GradScaler:
-        return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
-
-
-@dataclass(frozen=True)
+@dataclass
 class Update:
-    """How a batch becomes a step of the optimizer.
+    """How a batch becomes a step of the optimizer, and where training stands.
 
     Args:
-        batch_size: clips of a step, over all processes.
+        machine: whose `batch_size` is the clips of a step, over all processes.
+        precision: of the network; fp32, bf16 or fp16.
         n_parts: pieces that a process computes its share of the batch in, adding up their gradients; less memory, the
             same step but for batch norm's statistics. 1 is off.
     """
 
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    precision: Precision
-    batch_size: int
-    processes: Processes = ALONE
+    machine: Machine
+    precision: str = "fp32"
     n_parts: int = 1
+    state: LoopState = field(default_factory=LoopState)
+
+    def __post_init__(self):
+        self.autocast = Precision(self.precision, self.machine.device).autocast
+        self.scaler = Precision(self.precision, self.machine.device).scaler()
 
     @property
     def lr(self) -> float:
@@ -134,29 +132,34 @@ class Update:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def step(
-        self, model: nn.Module, loss_fn: Callable[[Tensor, Batch], tuple[Tensor, ...]], batch: Batch, weight: float
-    ) -> tuple[tuple[str, ...], Tensor]:
-        """One step; returns the names of the loss terms and their means over the batch (loss term,) float64.
+    def step(self, model: nn.Module, loss_fn: Loss, batch: Batch, weight: float = 1.0) -> dict[str, Tensor]:
+        """One step; returns the loss terms: means over the batch, float64.
 
         Args:
             weight: of this process's gradient in the mean over all processes.
         """
-        n_clips, sums, names = len(batch.waveform), 0.0, ()
+        n_clips, means = len(batch.waveform), {}
         self.optimizer.zero_grad(set_to_none=True)
         parts = list(_split(batch, self.n_parts))
         for i, part in enumerate(parts):
             share = len(part.waveform) / n_clips
             waits = isinstance(model, DistributedDataParallel) and i + 1 < len(parts)
             with model.no_sync() if waits else nullcontext():
-                with self.precision.autocast():
+                with self.autocast():
                     logits = model(part.log_mel)  # (batch, class)
-                terms = loss_fn(logits.float(), part)
-                self.scaler.scale(terms[0] * (share * weight)).backward()
-            names, sums = terms._fields, sums + torch.stack([term.detach().double() for term in terms]) * share
+                terms = named_terms(loss_fn(logits.float(), part))
+                self.scaler.scale(terms["loss"] * (share * weight)).backward()
+            means = {name: means.get(name, 0.0) + term.detach().double() * share for name, term in terms.items()}
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return names, sums
+        return means
+
+
+def named_terms(terms: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """What a loss returns, a scalar or a named tuple of them, by name; the first is called loss."""
+    if isinstance(terms, Tensor):
+        return {"loss": terms}
+    return dict(zip(("loss", *terms._fields[1:]), terms, strict=True))
 
 
 def _split(batch: Batch, n_parts: int) -> Iterator[Batch]:
@@ -168,60 +171,62 @@ def _split(batch: Batch, n_parts: int) -> Iterator[Batch]:
         yield replace(batch, **{name: values[i] for name, values in pieces.items()})
 
 
+class Epoch:
+    """This process's shares of the batches that the current epoch has left, in the epoch's own order.
+
+    Args:
+        clips: the training part.
+        seed: of the order.
+        after_step: called when `update.state` stands at a step's end; may raise to leave.
+    """
+
+    def __init__(self, clips: Clips, update: Update, seed: int, after_step: Callable[[], None] = lambda: None):
+        self.clips, self.update, self.seed, self.after_step = clips, update, seed, after_step
+
+    def __len__(self) -> int:
+        """Clips of the whole epoch, over all processes."""
+        return len(self.clips)
+
+    def __iter__(self) -> Iterator[Batch]:
+        state, machine = self.update.state, self.update.machine
+        self.clips.start_epoch(self.seed, state.epoch)
+        order = epoch_order(len(self.clips), self.seed, state.epoch)
+        share = machine.processes.rank, machine.processes.size
+        for batch in batches(
+            self.clips, order, machine.batch_size, machine.device, state.step, machine.n_ahead, *share
+        ):
+            yield batch
+            del batch  # else it would lie beside the next one
+            self.after_step()
+
+
 def train_one_epoch(
-    model: nn.Module,
-    frontend: nn.Module,
-    augment: nn.ModuleDict,
-    loss_fn: Callable[[Tensor, Batch], tuple[Tensor, ...]],
-    loader: Iterable[Batch],
-    update: Update,
-    state: LoopState,
-    after_step: Callable[[], None],
-    n_total: int,
+    model: nn.Module, frontend: nn.Module, augment: nn.ModuleDict, loss_fn: Loss, epoch: Epoch, update: Update
 ) -> dict[str, float]:
     """Trains on the batches that the epoch has left and returns the epoch's metrics, `train/...`.
 
     They are the mean losses over all clips of the epoch, the learning rate, the seconds and the clips per second.
-
-    Args:
-        loss_fn: maps logits (batch, class) and the batch to a named tuple of scalars; the first is minimised.
-        loader: this process's shares of the batches, on the device.
-        state: advanced with every step.
-        after_step: called when `state` stands at a step's end; may raise to leave.
-        n_total: clips of a whole epoch, over all processes.
 
     Raises:
         NonFiniteLossError: with epoch and learning rate.
     """
     for part in (model, frontend, augment):
         part.train()
-    processes = update.processes
+    state, processes = update.state, update.machine.processes
     started, n_before = time.monotonic(), state.n_clips
-    next_read = started + READ_SECONDS
-    with tqdm(
-        total=n_total, initial=state.n_clips, desc=f"epoch {state.epoch}", unit="clip", leave=False,
-        disable=None if processes.is_main else True,
-    ) as bar:  # fmt: skip
-        for batch in loader:
+    with Progress(update, len(epoch)) as progress:
+        for batch in epoch:
             with torch.no_grad():
                 batch = augment["waveform"](batch)
                 batch = replace(batch, log_mel=frontend(batch.waveform))  # (batch, 1, mel, time)
                 batch = augment["log_mel"](batch)
-            n_clips = min(update.batch_size, n_total - state.n_clips)  # of all processes
+            n_clips = min(update.machine.batch_size, len(epoch) - state.n_clips)  # of all processes
             # 0 where the last batch has fewer clips than there are processes and this one stands in with another's.
             n_own = processes.count(n_clips)
-            state.names, means = update.step(model, loss_fn, batch, n_own * processes.size / n_clips)
-            state.sums = means * n_own if state.sums is None else state.sums + means * n_own
-            state.step += 1
-            state.n_clips += n_clips
-            bar.update(n_clips)
-            if time.monotonic() > next_read:
-                state.check_finite(update.lr)
-                mean = state.sums[0].item() * processes.size / state.n_clips
-                bar.set_postfix_str(f"loss {mean:.4f}, lr {update.lr:.2e}", refresh=False)
-                next_read = time.monotonic() + READ_SECONDS
+            means = update.step(model, loss_fn, batch, n_own * processes.size / n_clips)
+            state.add(means, n_own, n_clips)
+            progress.show(n_clips)
             del batch, means  # else they would lie beside those of the next step: 0.2 GB at batch 256
-            after_step()
     state.check_finite(update.lr)
     processes.share_buffers(model)
     seconds = time.monotonic() - started
@@ -229,6 +234,34 @@ def train_one_epoch(
     metrics = {f"train/{name}": value / state.n_clips for name, value in zip(state.names, sums, strict=True)}
     metrics |= {"train/lr": update.lr, "train/seconds": seconds}
     return metrics | {"train/clips_per_second": (state.n_clips - n_before) / seconds}
+
+
+class Progress(AbstractContextManager):
+    """The bar of an epoch; where it reads the loss anyway, one that is not finite ends training.
+
+    Args:
+        n_total: clips of the epoch, over all processes.
+    """
+
+    def __init__(self, update: Update, n_total: int):
+        self.update, self.next_read = update, time.monotonic() + READ_SECONDS
+        state = update.state
+        self.bar = tqdm(
+            total=n_total, initial=state.n_clips, desc=f"epoch {state.epoch}", unit="clip", leave=False,
+            disable=None if update.machine.processes.is_main else True,
+        )  # fmt: skip
+
+    def show(self, n_clips: int) -> None:
+        self.bar.update(n_clips)
+        if time.monotonic() > self.next_read:
+            state, update = self.update.state, self.update
+            state.check_finite(update.lr)
+            mean = state.sums[0].item() * update.machine.processes.size / state.n_clips
+            self.bar.set_postfix_str(f"loss {mean:.4f}, lr {update.lr:.2e}", refresh=False)
+            self.next_read = time.monotonic() + READ_SECONDS
+
+    def __exit__(self, *_exception) -> None:
+        self.bar.close()
 
 
 def check_shapes(model: nn.Module, frontend: nn.Module, n_samples: int, device: torch.device) -> None:
@@ -251,26 +284,9 @@ def check_shapes(model: nn.Module, frontend: nn.Module, n_samples: int, device: 
             raise ValueError(f"front end and network cannot take these clips: {error}") from error
 
 
-def epoch_batches(
-    clips: Clips, update: Update, state: LoopState, seed: int, device: torch.device, n_ahead: int = 1
-) -> Iterator[Batch]:
-    """This process's shares of the batches that the epoch has left, in the epoch's own order."""
-    clips.start_epoch(seed, state.epoch)
-    order = epoch_order(len(clips), seed, state.epoch)
-    processes = update.processes
-    return batches(clips, order, update.batch_size, device, state.step, n_ahead, processes.rank, processes.size)
-
-
 @torch.inference_mode()
 def predict(
-    model: nn.Module,
-    frontend: nn.Module,
-    clips: Clips,
-    batch_size: int,
-    device: torch.device,
-    n_ahead: int = 1,
-    processes: Processes = ALONE,
-    after_batch: Callable[[], None] | None = None,
+    model: nn.Module, frontend: nn.Module, clips: Clips, machine: Machine, after_batch: Callable[[], None] | None = None
 ) -> Tensor:
     """Logits (clip, class) of all clips in their order, float32 on the CPU; nothing random, nothing is learned.
 
@@ -284,9 +300,10 @@ def predict(
     """
     model.eval()
     frontend.eval()
+    processes = machine.processes
     own = processes.share(torch.arange(len(clips)))
-    n_rounds = -(-len(clips) // (processes.size * batch_size))  # of the process with the most clips
-    loader = iter(batches(clips, own, batch_size, device, n_ahead=n_ahead))
+    n_rounds = -(-len(clips) // (processes.size * machine.batch_size))  # of the process with the most clips
+    loader = iter(batches(clips, own, machine.batch_size, machine.device, n_ahead=machine.n_ahead))
     logits = []
     for _ in tqdm(
         range(n_rounds), desc="scoring", unit="batch", leave=False, disable=None if processes.is_main else True
@@ -309,24 +326,18 @@ def predict(
 
 
 def evaluate(
-    model: nn.Module,
-    frontend: nn.Module,
-    data: Data,
-    batch_size: int,
-    device: torch.device,
-    n_ahead: int = 1,
-    processes: Processes = ALONE,
-    prefix: str = "",
+    model: nn.Module, frontend: nn.Module, data: Data, machine: Machine, prefix: str = "",
     after_batch: Callable[[], None] | None = None,
-) -> dict[str, float]:
-    """Metrics of the held-out part, where there is one, and of the test part: `<prefix>val/...`, `<prefix>test/...`.
+) -> tuple[dict[str, float], Tensor]:  # fmt: skip
+    """Metrics of the held-out part, where there is one, and of the test part, and the logits of the latter.
 
     Args:
+        prefix: of the metrics' names, `<prefix>val/...` and `<prefix>test/...`.
         after_batch: as for `predict`.
     """
-    metrics = {}
+    metrics, logits = {}, None
     for part, clips in (("val", data.val), ("test", data.test)):
         if clips is not None:
-            logits = predict(model, frontend, clips, batch_size, device, n_ahead, processes, after_batch)
+            logits = predict(model, frontend, clips, machine, after_batch)
             metrics |= {f"{prefix}{part}/{key}": value for key, value in score(clips, logits, data.groups).items()}
-    return metrics
+    return metrics, logits

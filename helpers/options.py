@@ -1,25 +1,22 @@
-"""Option groups that the training scripts share; defaults are those of the student's recipe."""
+"""Option groups that scripts share; defaults are those of the student's recipe."""
 
 import argparse
 
+import torch
+from torch import nn
+
 from helpers import cli
 from helpers.data import DataConfig
-from helpers.runs.logger import LOGGERS
-from helpers.schedule import WarmupRampdown
+from helpers.runs.logger import LOGGERS, RUN_ID
 
-# Published option names of the front end's fields.
-FRONTEND_OPTIONS = {
-    "sample_rate": "resample_rate",
-    "win_length": "window_size",
-    "hop_length": "hop_size",
-    "f_min": "fmin",
-    "f_max": "fmax",
-}
-# What a resumed run may be given anew: it decides where the run goes on or how far, not what it computes.
-FREE_ON_RESUME = {
-    "resume", "n_epochs", "num_workers", "cache_path", "dataset_dir", "dirs_path", "teacher_logits", "data_on_device",
-    "save_minutes", "logger", "project_name", "run_id", "enforce_limits", "resume_anyway",
-}  # fmt: skip
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+def run_id(text: str) -> str:
+    """An option type: the name of a run's folder."""
+    if not RUN_ID.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"must be letters, digits, '.', '_' or '-', got {text!r}")
+    return text
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -29,7 +26,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     run.add_argument("--experiment_name", default="CPJKU_cp-mobile_student_training", help="name shown by the logger")
     run.add_argument("--logger", nargs="+", choices=[*LOGGERS], default=["wandb"], help="one or more")
-    run.add_argument("--run_id", type=cli.run_id, metavar="ID",
+    run.add_argument("--run_id", type=run_id, metavar="ID",
                      help="name of the new run's folder (default: eight random characters)")  # fmt: skip
     run.add_argument("--resume", metavar="ID", help="continue this run exactly, with its options")
     run.add_argument("--resume_anyway", action=cli.OnOff,
@@ -44,7 +41,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return run
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
+def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     cli.add_config_arguments(parser, "data", DataConfig)
     data = parser.add_argument_group("loading")
     data.add_argument(
@@ -52,6 +49,13 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--data_on_device", choices=["auto", "yes", "no"], default="auto",
                       help="keep the training part in the device's memory; auto: on a GPU where it fits")  # fmt: skip
+    return data
+
+
+def add_training_data_options(parser: argparse.ArgumentParser) -> None:
+    add_data_options(parser).add_argument(
+        "--cropped", action=cli.OnOff, help="train on random windows of the joined segments of a recording"
+    )
 
 
 def add_compute_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -73,27 +77,20 @@ def add_precision_options(compute: argparse._ArgumentGroup) -> None:
                          help="pieces that a batch is computed in, to save memory; a step stays the same")  # fmt: skip
 
 
-def add_distillation_options(parser: argparse.ArgumentParser) -> None:
-    kd = parser.add_argument_group("distillation")
-    kd.add_argument(
-        "--temperature", type=cli.number(float, 0, above=True), default=2.0, help="divides student and teacher logits"
-    )
-    kd.add_argument(
-        "--kd_lambda",
-        type=cli.number(float, 0, 1),
-        default=0.02,
-        help="weight of the labels; the teacher has the rest; 1 is off",
-    )
-    kd.add_argument(
-        "--teacher_logits", metavar="FILE", help="logits of the training clips (default: TAU22's, fetched once)"
-    )
-
-
-def add_optimisation_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_optimisation_options(parser: argparse.ArgumentParser) -> None:
     optim = parser.add_argument_group("optimisation")
     optim.add_argument("--n_epochs", type=cli.number(int, 1), default=150)
     optim.add_argument("--batch_size", type=cli.number(int, 1), default=256)
     optim.add_argument("--lr", type=cli.number(float, 0, above=True), default=0.0009, help="peak learning rate")
     optim.add_argument("--weight_decay", type=cli.number(float, 0), default=0.0001, help="Adam adds it to the gradient")
-    cli.add_config_arguments(parser, "schedule (epochs)", WarmupRampdown)
-    return optim
+    optim.add_argument("--optimizer", choices=[*OPTIMIZERS], default="adam",
+                       help="adamw takes weight decay out of the gradient")  # fmt: skip
+    optim.add_argument("--beta2", type=cli.number(float, 0, 1, below=True), default=0.999, help="of the optimizer")
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of the weights that learn."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return OPTIMIZERS[args.optimizer](
+        learning, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True
+    )

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from helpers.errors import UserError
 from models.blocks import HalfPrecision
 from models.integer import LEVELS, IntConv
 from models.quantized import QUANTIZED, ActivationQuantizer, QuantConfig, Switches, count_overflows
@@ -21,7 +22,7 @@ N_BINS = 2048
 TRANSPARENT = (nn.Sequential, nn.ModuleList, nn.Identity, nn.Dropout)
 
 
-class QuantizationError(ValueError):
+class QuantizationError(UserError, ValueError):
     """A network cannot run in 8 bits; one line that names the layer."""
 
 

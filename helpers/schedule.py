@@ -1,4 +1,4 @@
-"""Learning-rate schedule of the CP-JKU systems: exponential warm-up, constant, linear ramp-down, constant floor."""
+"""Learning-rate schedules by name. A schedule is its own config, and gives each epoch a factor of the peak rate."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,11 @@ from models.bounds import Bounds, check_numbers
 
 @dataclass(frozen=True)
 class WarmupRampdown:
-    """Factor of the peak learning rate for each epoch; set once at the start of the epoch."""
+    """Exponential warm-up, constant, linear ramp-down, constant floor, as the CP-JKU systems have it.
+
+    Source: F. Schmid et al., DCASE Workshop 2023, https://github.com/fschmid56/cpjku_dcase23. The rate is set once, at
+    the start of an epoch.
+    """
 
     warm_up_len: Annotated[int, "epochs of exponential warm-up; 0 is off", Bounds(0)] = 14
     ramp_down_start: Annotated[int, "epoch after which the rate falls", Bounds(0)] = 50
@@ -34,3 +38,9 @@ class WarmupRampdown:
             return self.last_lr_value
         left = (self.ramp_down_len - epoch + self.ramp_down_start) / self.ramp_down_len
         return self.last_lr_value + (1.0 - self.last_lr_value) * left
+
+
+# name -> config; the keys are the choices on the command line, the first is the default.
+SCHEDULES = {
+    "warmup_rampdown": WarmupRampdown,
+}

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datasets.tau import Meta
 from helpers.checkpoints.checkpoint import CheckpointError, LoadedModel, load_model
 from helpers.fetch.download import file_hash
 from helpers.fetch.resources import PUBLISHED_RUN, published_checkpoint, teacher_file
+from helpers.machine import Machine
 from helpers.quantization import for_target
-from helpers.runs.run import trained_checkpoint
+from helpers.runs.folder import trained_checkpoint
 from models.published import OLD_NAMES, TEACHERS, published_name
 
 log = logging.getLogger(__name__)
@@ -154,34 +154,17 @@ def load_teacher_model(spec: str, project: str) -> LoadedModel:
     return find_teacher(spec, project).fetch().load()
 
 
-def check_scenes(source: TeacherSource, loaded: LoadedModel, meta: Meta) -> None:
-    """Refuses a teacher whose outputs stand for other scenes than those of the data set.
-
-    Raises:
-        CheckpointError: with both lists.
-    """
-    if loaded.scenes != tuple(meta.scenes):
-        n_classes = loaded.model.config.n_classes
-        known = ", ".join(loaded.scenes) or f"{n_classes} classes of no known data set"
-        raise CheckpointError(
-            f"{source.path} knows the scenes {known}; {meta.root} has {', '.join(meta.scenes)}: take another teacher"
-        )
-
-
-def scorer(
-    source: TeacherSource, loaded: LoadedModel, n_samples: int, device: torch.device, channels_last: bool
-) -> tuple[nn.Module, nn.Module]:
+def scorer(source: TeacherSource, loaded: LoadedModel, n_samples: int, machine: Machine) -> tuple[nn.Module, nn.Module]:
     """Network (as its target computes it) and front end on the device, proved on one silent clip.
 
     Raises:
         CheckpointError: when clips of `n_samples` samples do not fit the front end or the network.
     """
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    model = for_target(loaded.model.to(device, memory_format=memory_format), loaded.precision).eval()
-    frontend = loaded.frontend.to(device).eval()
+    model = for_target(machine.take(loaded.model), loaded.precision).eval()
+    frontend = loaded.frontend.to(machine.device).eval()
     try:
         with torch.inference_mode():
-            model(frontend(torch.zeros(1, n_samples, device=device)))
+            model(frontend(torch.zeros(1, n_samples, device=machine.device)))
     except ValueError as error:
         raise CheckpointError(f"{source.path} does not take clips of {n_samples} samples: {error}") from error
     return model, frontend

@@ -1,4 +1,18 @@
-"""Networks and front ends by name: plain tables, and the two functions that build from them."""
+"""Networks and front ends by name: plain tables, and what is built from them.
+
+A network is built from its config and maps log-mel (batch, 1, mel, time) to logits (batch, class). It may declare:
+
+- `default_frontend`, a name in FRONTENDS and options of that; else it takes cp_mel with its defaults;
+- `load_pretrained(state)`, `pretrained_url(config)`, `freeze_encoder(n_layers)`: how it starts from weights of others,
+  and which layers can stay as they are;
+- `skips_layers`: in training it leaves out layers now and then;
+- `entry`, `recognise(state)`, `read_authors_file(content)`: a tensor that only its state dict has, what the shapes tell
+  of its config, and the form that its authors save it in: so checkpoints that do not say what they hold are read.
+
+A front end is a `models.frontends.frontend.Frontend`, which lists what it declares.
+"""
+
+from typing import Any
 
 from torch import nn
 
@@ -45,3 +59,8 @@ def _build(table: dict, kind: str, name: str, options: dict) -> nn.Module:
         raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(table)}")
     config, cls = table[name]
     return cls(config(**options))
+
+
+def default_frontend(name: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of the front end that a network takes when none is chosen."""
+    return getattr(MODELS[name][1], "default_frontend", ("cp_mel", {}))

@@ -9,8 +9,8 @@ PyTorch's fused one; tokens are averaged before the classifier; layer drop is dr
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.bounds import MAX_CHANNELS, MAX_LAYERS, MOST, Bounds, check_numbers, check_weights
+from models.state_dicts import differences
 
 INIT_STD = 0.02
 GATE_UNITS = 4  # outputs of grep_linear that are summed to one gate
@@ -315,6 +316,9 @@ class Beats(nn.Module):
         ValueError: from `forward` and `features`, for spectrograms with more than a channel or smaller than a patch.
     """
 
+    default_frontend = ("kaldi_fbank", {})
+    entry = "encoder.patch_embedding.weight"
+
     def __init__(self, config: BeatsConfig):
         super().__init__()
         self.config = config
@@ -331,6 +335,43 @@ class Beats(nn.Module):
     def features(self, log_mel: Tensor) -> Tensor:
         """Maps log-mel (batch, 1, mel, time) to tokens (batch, token, encoder_embed_dim), a column after the other."""
         return self.encoder(log_mel)
+
+    @property
+    def skips_layers(self) -> bool:
+        return self.config.encoder_layerdrop > 0
+
+    @staticmethod
+    def recognise(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Config, and options of the front end, that the shapes of a fine-tuned network's state dict tell."""
+        from models.beats_checkpoint import config_of_shapes  # which needs this file
+
+        return config_of_shapes(state), {}
+
+    @staticmethod
+    def read_authors_file(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Config and state of a checkpoint in the authors' form, with or without a classifier; None for another one.
+
+        Raises:
+            ValueError: for one that is damaged.
+        """
+        from models.beats_checkpoint import read_checkpoint
+
+        if not {"cfg", "model"} <= content.keys():
+            return None
+        config, state = read_checkpoint(content)
+        return asdict(config), state
+
+    @staticmethod
+    def pretrained_url(config: BeatsConfig) -> str:
+        """
+        Raises:
+            ValueError: always; says where the files are.
+        """
+        raise ValueError(
+            "--pretrained must name a file of weights for BEATs, or none for random ones; the links of its authors are "
+            "dead (https://github.com/microsoft/unilm/issues/1671); copies of BEATs_iter3_plus_AS2M.pt and "
+            "BEATs_iter3_plus_AS2M_finetuned_on_AS2M_cpt2.pt are found by name on Hugging Face"
+        )
 
     def freeze_encoder(self, n_layers: int | None = None) -> None:
         """Keeps the encoder as it is; only what is above it goes on learning.
@@ -387,23 +428,3 @@ class Beats(nn.Module):
             raise ValueError(f"the weights do not fit this BEATs network: {what}")
         self.load_state_dict(own | taken)
         return dropped
-
-
-def differences(state: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
-    """What is missing in a state dict, unknown or of another shape; empty when it fits."""
-    known = {name: value for name, value in state.items() if name in expected and isinstance(value, Tensor)}
-    lists = {
-        "missing": [name for name in expected if name not in state],
-        "unknown": [str(name) for name in state if name not in known],
-        "of another shape": [
-            f"{name} {tuple(value.shape)} for {tuple(expected[name].shape)}"
-            for name, value in known.items()
-            if value.shape != expected[name].shape
-        ],
-    }
-    return "; ".join(f"{some(names)} {kind}" for kind, names in lists.items() if names)
-
-
-def some(names: Iterable[str]) -> str:
-    names = list(names)
-    return (", ".join(names[:5]) or "nothing") + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -2,17 +2,19 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.beats import BeatsConfig, BeatsEncoder, differences, some
+from models.beats import BeatsConfig, BeatsEncoder
+from models.state_dicts import differences, some
 
 logger = logging.getLogger(__name__)
 
 TABLE = "relative_attention_bias.weight"
+HEAD_WIDTH = 64  # of the published networks
 # What the authors' code takes for an option that the cfg of a checkpoint does not name; where it differs from ours.
 CODE_DEFAULTS = {
     "input_patch_size": -1,
@@ -69,6 +71,47 @@ def read_checkpoint(content: Any, n_classes: int | None = None) -> tuple[BeatsCo
     if n_classes is None:
         n_classes = config.predictor_class if predictor else config.n_classes
     return replace(config, n_classes=n_classes), state
+
+
+def config_of_shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Config of BEATs under the names of the fine-tuned network, `encoder.` and `classifier.`, read off the shapes.
+
+    Raises:
+        ValueError: for weights that do not fit together; LookupError for an incomplete state dict.
+    """
+    layer = "encoder.encoder.layers.0."
+    is_glu = f"{layer}fc1.linear.weight" in state
+    has_table, is_gated = f"{layer}self_attn.{TABLE}" in state, f"{layer}self_attn.grep_a" in state
+    patches, taps = state["encoder.patch_embedding.weight"], state["encoder.encoder.pos_conv.0.weight_v"]
+    width = state["encoder.encoder.layer_norm.weight"].shape[0]
+    cfg = {field.name: field.default for field in fields(BeatsConfig)} | {
+        "input_patch_size": patches.shape[2],
+        "embed_dim": patches.shape[0],
+        "conv_bias": "encoder.patch_embedding.bias" in state,
+        "encoder_layers": len({name.split(".")[3] for name in state if name.startswith("encoder.encoder.layers.")}),
+        "encoder_embed_dim": width,
+        "encoder_ffn_embed_dim": state[f"{layer}fc2.weight"].shape[1],
+        "encoder_attention_heads": width // HEAD_WIDTH,
+        "conv_pos": taps.shape[2],
+        "conv_pos_groups": width // taps.shape[1],
+        "relative_position_embedding": has_table,
+        "gru_rel_pos": is_gated,
+        "predictor_class": state["classifier.linear.weight"].shape[0],
+    }
+    if is_glu:
+        cfg |= {"activation_fn": "glu", "deep_norm": False}
+    if has_table:
+        table = state[f"{layer}self_attn.{TABLE}"]
+        cfg |= {"num_buckets": table.shape[0], "encoder_attention_heads": table.shape[1]}
+    elif is_gated:
+        cfg["encoder_attention_heads"] = state[f"{layer}self_attn.grep_a"].shape[1]
+    model = {_author_name(name): value for name, value in state.items()}
+    config, _ = read_checkpoint({"cfg": cfg, "model": model})
+    return asdict(config)
+
+
+def _author_name(name: str) -> str:
+    return name.removeprefix("encoder.").replace("classifier.linear.", "predictor.")
 
 
 def _config_from_cfg(cfg: Mapping[str, Any]) -> BeatsConfig:

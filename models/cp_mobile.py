@@ -5,10 +5,11 @@ CNNs with CP-Mobile", DCASE Workshop 2023, https://github.com/fschmid56/cpjku_dc
 function or in the state dict; the response normalisation is written as one multiply-add (see `ResponseNorm`).
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +131,9 @@ class CpMobileBlock(nn.Module):
 class CpMobile(nn.Module):
     """Stem of two strided convolutions, stages of `CpMobileBlock`, pointwise classifier, mean over freq and time."""
 
+    entry = "in_c.0.0.weight"
+    norms_may_be_folded = True  # in published checkpoints of quantization-aware training
+
     def __init__(self, config: CpMobileConfig):
         super().__init__()
         self.config = config
@@ -164,6 +168,49 @@ class CpMobile(nn.Module):
         x = self.stages(x)
         x = self.feed_forward(x)  # (batch, class, freq, time)
         return self.pool(x)
+
+    @staticmethod
+    def recognise(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Config, and options of the front end, that the shapes of a state dict tell.
+
+        Strides leave no trace in it: those of the published network are taken.
+
+        Raises:
+            ValueError: for widths that no config gives; LookupError for an incomplete state dict.
+        """
+        stem = state["in_c.0.0.weight"]
+        base = state["in_c.1.0.weight"].shape[0]
+        named = re.compile(r"stages\.s([0-9]{1,9})\.b([0-9]{1,9})\.block\.2\.0\.weight")
+        blocks = [m.groups() for name in state if (m := named.fullmatch(name))]
+        n_stages = max((int(s) for s, _ in blocks), default=0)
+        if len({int(s) for s, _ in blocks}) != max(n_stages, 1):
+            raise KeyError("stages")
+        expansions = [tuple(state[f"stages.s{s}.b{b}.block.0.0.weight"].shape[1::-1]) for s, b in blocks]
+        last = {int(s): state[f"stages.s{s}.b{b}.block.2.0.weight"].shape[0] for s, b in blocks}
+        multiplier = _nearest(
+            lambda m: all(make_divisible(base * m ** (stage - 1)) == width for stage, width in last.items()),
+            CpMobileConfig.channels_multiplier,
+        )
+        rate = _nearest(
+            lambda r: all(make_divisible(c * r) == width for c, width in expansions), CpMobileConfig.expansion_rate
+        )
+        return {
+            "n_classes": state["feed_forward.0.weight"].shape[0],
+            "in_channels": stem.shape[1],
+            "base_channels": base,
+            "channels_multiplier": multiplier,
+            "expansion_rate": rate,
+            "n_blocks": [sum(int(s) == i for s, _ in blocks) for i in range(1, 1 + n_stages)],
+        }, {}
+
+
+def _nearest(fits: Callable[[float], bool], default: float) -> float:
+    """Of the values that give the same network, as widths are rounded to multiples of 8, the nearest to `default`."""
+    candidates = sorted((round(0.05 * i, 2) for i in range(1, 200)), key=lambda value: abs(value - default))
+    value = next((value for value in candidates if fits(value)), None)
+    if value is None:
+        raise ValueError("the widths of its blocks are not those of a CP-Mobile network")
+    return value
 
 
 def _init(module: nn.Module) -> None:

@@ -8,9 +8,10 @@ own. The state dict is the published one.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
@@ -125,6 +126,9 @@ class CpResnet(nn.Module):
         ValueError: from `forward`, for spectrograms that are too small for the pools.
     """
 
+    default_frontend = ("cp_mel", {"hop_length": 750})
+    entry = "stage1.block1.conv1.weight"
+
     def __init__(self, config: CpResnetConfig):
         super().__init__()
         self.config = config
@@ -156,6 +160,43 @@ class CpResnet(nn.Module):
         x = self.stage3(x)
         x = self.feed_forward(x)  # (batch, class, freq, time)
         return x.mean(dim=(2, 3))
+
+    @staticmethod
+    def recognise(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Config, and options of the front end, that the shapes of a state dict tell; pools are the published ones.
+
+        Raises:
+            ValueError: for kernel sizes that no config gives; LookupError for an incomplete state dict.
+        """
+        base, in_channels = state["in_c.0.weight"].shape[0], state["in_c.0.weight"].shape[1]
+        names = [m.groups() for name in state if (m := re.fullmatch(r"stage([123])\.block(\d+)\.conv1\.weight", name))]
+        n_blocks = [sum(stage == number for stage, _ in names) for number in "123"]
+        config = {
+            "n_classes": state["feed_forward.0.weight"].shape[0], "in_channels": in_channels, "base_channels": base,
+            "n_blocks": n_blocks,
+        }  # fmt: skip
+        found, c_in = {}, base
+        for stage in (number for number in (1, 2, 3) if n_blocks[number - 1]):
+            for block in range(1, n_blocks[stage - 1] + 1):
+                convs = [state[f"stage{stage}.block{block}.conv{i}.weight"] for i in (1, 2)]
+                found[stage, block] = tuple(conv.shape[2] for conv in convs)
+            width = state[f"stage{stage}.block1.conv1.weight"].shape[0]
+            config[f"s{stage}_group"] = c_in // state[f"stage{stage}.block1.conv1.weight"].shape[1]
+            if stage > 1:
+                config[f"cut_channels_s{stage}"] = (
+                    round(base * CpResnetConfig.channels_multiplier ** (stage - 1)) - width
+                )
+            c_in = width
+
+        def fits(rho: int) -> bool:
+            kernels = kernel_sizes(rho)
+            return all(size == kernels[stage - 1][block - 1] for (stage, block), size in found.items() if block <= 2)
+
+        # Blocks that are not there leave no trace; of the values that give this network that nearest to the default.
+        rhos = sorted((rho for rho in range(1, 12) if fits(rho)), key=lambda rho: abs(rho - CpResnetConfig.rho))
+        if not rhos:
+            raise ValueError(f"the kernel sizes are those of no CP-ResNet network: {found}")
+        return config | {"rho": rhos[0]}, {}
 
 
 def _stage(config: CpResnetConfig, number: int) -> nn.Sequential:

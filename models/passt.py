@@ -10,7 +10,7 @@ are read; `head_dist` takes no part in training.
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.bounds import MAX_CHANNELS, MAX_LAYERS, Bounds, check_numbers, check_weights
+from models.state_dicts import differences
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ PATCH = 16  # mel bands and frames
 MLP_RATIO = 4
 NORM_EPS = 1e-6  # of every norm but head.0, which has PyTorch's default
 INIT_STD = 0.02
+STRIDES = (10, 12, 14, 16)  # of published networks
+HEAD_WIDTH = 64
 RELEASES = "https://github.com/kkoutini/PaSST/releases/download"
 
 
@@ -189,6 +192,9 @@ class Passt(nn.Module):
             too few patches for the patchout.
     """
 
+    default_frontend = ("cp_mel", {"n_fft": 1024, "win_length": 800, "hop_length": 320, "n_mels": 128})
+    entry = "patch_embed.proj.weight"
+
     def __init__(self, config: PasstConfig):
         super().__init__()
         self.config = config
@@ -332,24 +338,49 @@ class Passt(nn.Module):
             dropped = tuple(name for name in state if name.startswith(("head.1.", "head_dist.")))
         taken = {name: value for name, value in state.items() if name not in dropped}
         wanted = [name for name in own if not (dropped and name.startswith(("head.1.", "head_dist.")))]
-        differences = {
-            "missing": [name for name in wanted if name not in taken],
-            "unknown": [name for name in taken if name not in wanted or not isinstance(taken[name], Tensor)],
-            "of another shape": [
-                f"{name} {tuple(taken[name].shape)} for {tuple(own[name].shape)}"
-                for name in wanted
-                if isinstance(taken.get(name), Tensor) and taken[name].shape != own[name].shape
-            ],
-        }
-        if any(differences.values()):
-            what = "; ".join(f"{_some(names)} {kind}" for kind, names in differences.items() if names)
+        if what := differences(taken, {name: own[name] for name in wanted}):
             raise ValueError(f"the weights do not fit PaSST {self.config.arch}: {what}")
         self.load_state_dict({**own, **taken})
         return dropped
 
+    @staticmethod
+    def pretrained_url(config: PasstConfig) -> str:
+        """Where the weights from AudioSet are that fit the architecture.
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        Raises:
+            ValueError: for an architecture without such weights.
+        """
+        weights = ARCHITECTURES[config.arch].weights
+        if weights is None:
+            raise ValueError(f"{config.arch} has no weights from AudioSet: name a file with --pretrained, or none")
+        return f"{RELEASES}/{weights}"
+
+    @staticmethod
+    def recognise(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Config, and options of the front end, that the shapes of a state dict tell.
+
+        Raises:
+            LookupError: for an incomplete state dict.
+        """
+        width, in_channels = state["patch_embed.proj.weight"].shape[0], state["patch_embed.proj.weight"].shape[1]
+        rows, columns = grid = state["freq_new_pos_embed"].shape[2], state["time_new_pos_embed"].shape[3]
+        config = {
+            "n_classes": state["head.1.weight"].shape[0],
+            "in_channels": in_channels,
+            "embed_dim": width,
+            "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+            "n_heads": width // HEAD_WIDTH if width % HEAD_WIDTH == 0 else PasstConfig.n_heads,
+            "s_patchout_f": min(PasstConfig.s_patchout_f, rows - 1),  # of training
+        }
+        n_mels = PasstConfig.input_fdim
+        arch = next((arch for arch in ARCHITECTURES if PasstConfig(arch=arch).grid == grid), None)
+        if arch is not None:
+            return config | {"arch": arch, "input_fdim": n_mels}, {}
+        stride = next((n for n in STRIDES if (n_mels - PATCH) // n + 1 == rows), STRIDES[0])
+        if (n_mels - PATCH) // stride + 1 != rows:
+            n_mels = (rows - 1) * stride + PATCH
+        config |= {"fstride": stride, "tstride": stride, "input_fdim": n_mels}
+        return config | {"input_tdim": (columns - 1) * stride + PATCH}, {"n_mels": n_mels}
 
 
 def _init(model: Passt) -> None:

@@ -1,4 +1,4 @@
-"""Teachers by name: which front end feeds an architecture, and one row for each published set of weights.
+"""Published teachers by name: one row for each set of weights.
 
 The published weights are plain state dicts of CP-ResNet and PaSST, see F. Schmid et al., "Distilling the Knowledge of
 Transformers and CNNs with CP-Mobile", DCASE Workshop 2023, https://github.com/fschmid56/cpjku_dcase23.
@@ -10,19 +10,12 @@ from typing import Any
 
 RELEASE = "https://github.com/fschmid56/cpjku_dcase23/releases/download/ensemble_logits"
 
-# Architecture -> (name of its front end, options of that).
-FRONTEND_OF: dict[str, tuple[str, dict[str, Any]]] = {
-    "cp_resnet": ("cp_mel", {"hop_length": 750}),
-    "passt": ("cp_mel", {"n_fft": 1024, "win_length": 800, "hop_length": 320, "n_mels": 128}),
-    "beats": ("kaldi_fbank", {}),
-}
-
 
 @dataclass(frozen=True)
 class Teacher:
     """One published set of weights."""
 
-    architecture: str  # key of models.MODELS and of FRONTEND_OF
+    architecture: str  # key of models.MODELS
     file: str  # in RELEASE
     options: Mapping[str, Any] = field(default_factory=dict)  # of the network, where it is not the default one
 

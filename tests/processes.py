@@ -33,7 +33,7 @@ class Threads(Processes):
 def together(n: int, script: ModuleType, arguments: list[str], monkeypatch) -> list[Any]:
     """Calls a script's main as n processes would; what it returns, or raises, in each."""
     values, barrier, ranks = [None] * n, threading.Barrier(n, timeout=60), threading.local()
-    monkeypatch.setattr(script, "join_processes", lambda _: Threads(ranks.rank, n, values, barrier))
+    monkeypatch.setattr("helpers.machine.join_processes", lambda _: Threads(ranks.rank, n, values, barrier))
 
     def main(rank: int) -> Any:
         ranks.rank = rank

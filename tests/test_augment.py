@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -8,10 +8,12 @@ from scipy.stats import beta, chisquare, kstest
 
 from datasets.impulse_responses import read_impulse_responses
 from datasets.waveforms import Batch
-from helpers.augment import AugmentConfig, build_augment
+from helpers.augment import AUGMENTATIONS, build_chain
+from helpers.augment.augmentation import Setting
 from helpers.augment.device_impulse_response import DeviceImpulseResponse, fast_fft_length
 from helpers.augment.freq_mixstyle import FreqMixStyle, _beta, mix_style
-from helpers.augment.spec_mask import ShareMask, SpecMask
+from helpers.augment.share_mask import ShareMask
+from helpers.augment.spec_mask import SpecMask
 from helpers.augment.time_roll import TimeRoll
 from helpers.losses import kd_loss
 from models import get_frontend, get_model
@@ -247,9 +249,15 @@ def chain(**options) -> torch.nn.ModuleDict:
     defaults = {
         "dir_prob": 1.0, "roll": 50, "freqm": 8, "timem": 4, "mixstyle_p": 1.0, "mask_share": 0.2, "mixup_alpha": 0.3,
     }  # fmt: skip
-    config = AugmentConfig(**(defaults | options))
-    responses = responses_of(9) if config.dir_prob > 0 else []
-    return build_augment(config, responses, dir_devices=None, n_samples=3200, mask_value=0.9)
+    options = defaults | options
+    impulse_response = DeviceImpulseResponse(responses_of(9), 3200, p=options.pop("dir_prob"))
+    configs = {
+        name: config(**{field.name: options[field.name] for field in fields(config) if field.name in options})
+        for name, (config, _) in AUGMENTATIONS.items() if name != "dir"
+    }  # fmt: skip
+    augment = build_chain(configs, Setting(clips=None, mask_value=0.9))
+    augment["waveform"] = torch.nn.Sequential(impulse_response, *augment["waveform"])
+    return augment
 
 
 def test_everything_is_inert_in_eval_and_when_off():

@@ -17,19 +17,21 @@ import run_dataset
 import run_export
 import run_qat
 import run_teacher_logits
-import run_teacher_training
 import run_teacher_validation
 import run_training
 from datasets.files import ContentError
-from helpers import cli
-from helpers.augment import AugmentConfig
+from helpers import cli, machine
+from helpers.augment import AUGMENTATIONS
 from helpers.data import DataConfig
-from helpers.schedule import WarmupRampdown
+from helpers.losses import LOSSES
+from helpers.parts import Parts
+from helpers.schedule import SCHEDULES
 from models import FRONTENDS, MODELS
 from models.bounds import bounded_fields
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = [*(config for config, _ in (MODELS | FRONTENDS).values()), AugmentConfig, DataConfig, WarmupRampdown]
+CONFIGS = [config for table in (MODELS, FRONTENDS, LOSSES, AUGMENTATIONS) for config, _ in table.values()]
+CONFIGS += [*SCHEDULES.values(), DataConfig]
 
 
 def outcome(arguments: list[str], capsys) -> str:
@@ -88,7 +90,7 @@ def test_help_shows_each_on_off_option_once(parser):
 
 def test_every_on_off_option_of_every_script_takes_both_forms():
     (commands,) = (action for action in run_dataset.make_parser()._actions if action.dest == "command")
-    parsers = [*commands.choices.values(), *map(run_teacher_training.make_parser, ("cp_resnet", "passt", "beats"))]
+    parsers = [*commands.choices.values(), *(run_training.make_parser(Parts(model=name)) for name in MODELS)]
     scripts = (run_training, run_qat, run_export, run_teacher_logits, run_teacher_validation)
     parsers += [script.make_parser() for script in scripts]
     actions = [action for parser in parsers for action in parser._actions if action.dest != "help"]
@@ -161,7 +163,7 @@ def test_compile_without_a_compiler_is_one_line(parser, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(SystemExit):
-        cli.compiled(parser, torch.nn.Identity(), torch.device("cpu"))
+        machine.compiled(parser, torch.nn.Identity(), torch.device("cpu"))
     assert "--compile needs a compiler, g++ or clang++ was not found" in capsys.readouterr().err
 
 

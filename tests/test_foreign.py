@@ -113,17 +113,20 @@ def test_an_encoder_alone_is_refused():
         recognise("x.pt", bare)
     cfg = {**vars(get_model("beats", **SMALL_BEATS).config)}
     model = {name.removeprefix("encoder."): value for name, value in bare.items()}
-    with pytest.raises(ForeignError, match=r"x\.pt is a BEATs encoder without a classifier"):
+    with pytest.raises(ForeignError, match=r"x\.pt is a beats network without a classifier"):
         recognise("x.pt", {"cfg": cfg, "model": model})
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"weights": torch.zeros(3)}, r"neither a checkpoint of this project nor one of CP-Mobile.*found: weights"),
+        (
+            {"weights": torch.zeros(3)},
+            r"neither a checkpoint of this project nor one of the networks CpMob.*found: weights",
+        ),
         (
             {"state_dict": {"backbone.conv.weight": torch.zeros(3)}},
-            "holds no CP-Mobile.*backbone.conv",
+            "holds none of the networks CpMobile.*backbone.conv",
         ),
         ({"stage1.block1.conv1.weight": torch.zeros(8, 8, 3, 3)}, "no whole cp_resnet network: 'in_c.0.weight'"),
         ({"state_dict": {7: torch.zeros(3)}}, "found: 7"),

@@ -33,9 +33,9 @@ class Command:
         self.monkeypatch.setattr(distributed, "_launch", lambda: launch)
         return run_training.main(arguments)
 
-    def fail(self, arguments: list[str], where: str, n_times: int) -> None:
-        """Starts a process that dies at the n-th call of a function of the training script."""
-        calls, function = [], getattr(run_training, where)
+    def fail(self, arguments: list[str], module, where: str, n_times: int) -> None:
+        """Starts a process that dies at the n-th call of a function."""
+        calls, function = [], getattr(module, where)
 
         def dying(*positional, **named):
             calls.append(1)
@@ -44,7 +44,7 @@ class Command:
             return function(*positional, **named)
 
         with self.monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
-            patched.setattr(run_training, where, dying)
+            patched.setattr(module, where, dying)
             self.start(arguments)
 
 
@@ -66,10 +66,10 @@ def test_processes_started_again_go_on_with_their_run(options, torchrun, when, r
     run_training.main([*options, "--project_name", "whole"])
     caplog.set_level(logging.INFO)
     if when == "after an epoch":
-        torchrun.fail([*options, *run_id], "train_one_epoch", 2)
+        torchrun.fail([*options, *run_id], run_training, "train_one_epoch", 2)
         assert len(lines(run_of())) == 1
     else:
-        torchrun.fail([*options, *run_id], "save_checkpoint", 1)
+        torchrun.fail([*options, *run_id], runs, "save_checkpoint", 1)
         assert (run_of() / "options.json").is_file() and not list((run_of() / "checkpoints").iterdir())
     before = run_of()
     torchrun.start([*options, *run_id])
@@ -89,7 +89,7 @@ def test_another_run_is_not_taken_for_the_one_that_failed(options, torchrun):
 
 
 def test_a_run_that_saved_nothing_can_be_begun_again(options, torchrun, monkeypatch):
-    torchrun.fail([*options, "--run_id", "mine", "--lr", "0.5"], "save_checkpoint", 1)
+    torchrun.fail([*options, "--run_id", "mine", "--lr", "0.5"], runs, "save_checkpoint", 1)
     monkeypatch.setattr(distributed, "_launch", lambda: None)
     with pytest.raises(CheckpointError, match="stopped before its first checkpoint, start it again"):
         run_training.main(["--resume", "mine"])
@@ -99,7 +99,7 @@ def test_a_run_that_saved_nothing_can_be_begun_again(options, torchrun, monkeypa
 
 
 def test_a_folder_that_is_not_shared_is_named(options, monkeypatch):
-    monkeypatch.setattr(runs, "main_decides", lambda *_: "abc")  # what process 0 says
+    monkeypatch.setattr("helpers.runs.options.main_decides", lambda *_: "abc")  # what process 0 says
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     with pytest.raises(CheckpointError, match=r"no run abc in DCASE23_Task1.*all machines need the same folder"):
         run_training.main(options)

@@ -22,7 +22,7 @@ from models.published import TEACHERS
 from tests.golden_inputs import fill_state
 from tests.test_beats_checkpoint import checkpoint_of
 from tests.test_benchmarks import SMALLEST
-from tests.test_run_teacher_training import DATA, SMALL, SMALL_BEATS, make_project, work_in
+from tests.test_teacher_training import DATA, SMALL, SMALL_BEATS, make_project, work_in
 
 ROOT = Path(__file__).parents[1]
 # Run by whoever runs the tests, or by a test of their own.
@@ -99,9 +99,13 @@ def run(script: str, options: list[str]) -> None:
         )
         return
     smaller = SMALLER.get(script, [])
-    if script == "run_teacher_training":
-        teacher = options[options.index("--teacher") + 1]
-        smaller = [*(DATA if "--pretrained" in options else SMALL[teacher]), "--dataset", "tau22"]
+    if script == "run_training" and "--config" in options:
+        name = Path(options[options.index("--config") + 1]).stem
+        options = [str(ROOT / word) if word.startswith("recipes/") else word for word in options]
+        no_dir = [word for word in DATA if word not in ("--dir_prob", "0")]
+        smaller = no_dir if name == "beats_ssl_star" else SMALL[name]
+        smaller = [word for i, word in enumerate(smaller) if "--config" not in smaller[max(0, i - 1) : i + 1]]
+        smaller += ["--dataset", "tau22"]
     if "--resume" in options:
         smaller = ["--n_epochs", "2"]
     result = importlib.import_module(script).main([*options, *smaller])

@@ -22,7 +22,7 @@ from datasets.tau import SCENES
 from helpers import cli
 from helpers.checkpoints.checkpoint import load_checkpoint, load_model
 from helpers.quantization import convert
-from helpers.runs.run import trained_checkpoint
+from helpers.runs.folder import trained_checkpoint
 from tests.conftest import make_tau
 from tests.golden_inputs import wave
 

@@ -121,7 +121,7 @@ def test_several_processes_share_the_clips_and_write_one_run(here, monkeypatch, 
     scored, predict = [], run_teacher_validation.predict
 
     def counting(model, frontend, clips, *rest):
-        processes = rest[-1]
+        processes = rest[-1].processes
         scored.append(processes.count(len(clips)))
         return predict(model, frontend, clips, *rest)
 

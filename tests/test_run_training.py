@@ -74,7 +74,8 @@ def test_a_run_leaves_everything_it_promises(options, capsys):
     metrics = run_training.main([*options, "--n_epochs", "2"])
     run = run_of()
     assert {path.name for path in run.iterdir()} == {
-        ".lock", "options.json", "metrics.jsonl", "checkpoints", "curves.png", "confusion_matrix.png", "report.md",
+        ".lock", "options.json", "config.yaml", "metrics.jsonl", "checkpoints", "curves.png",
+        "confusion_matrix.png", "report.md",
     }  # fmt: skip
     assert [line["epoch"] for line in lines(run)] == [0, 1]
     assert lines(run)[1]["test/acc"] == metrics["test/acc"]
@@ -342,7 +343,7 @@ def test_labels_that_the_checkpoint_does_not_know_are_refused(options, own_tau, 
 def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(options, monkeypatch, capsys):
     run_training.main([*options, "--n_epochs", "1"])
     before = weights(run_of())
-    monkeypatch.setattr(run_training, "kd_loss", lambda logits, *_: run_training_nan(logits))
+    monkeypatch.setattr("helpers.losses.distillation.kd_loss", lambda logits, *_: run_training_nan(logits))
     status, errors = outcome(["--resume", run_of().name, "--n_epochs", "2"], monkeypatch, capsys)
     assert status == 2
     assert "not finite in epoch 1 at learning rate 0.0009" in errors

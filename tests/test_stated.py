@@ -8,12 +8,13 @@ import run_qat
 from helpers import cli
 from helpers.checkpoints.checkpoint import describe, load_model, save_checkpoint
 from helpers.checkpoints.stated import add_stated_options, believe
+from helpers.parts import STUDENT
 from models import FRONTENDS, MODELS, get_frontend, get_model
 
 
 def answer(path, *options):
     parser = cli.Parser("test")
-    add_stated_options(parser)
+    add_stated_options(parser, STUDENT)
     return believe(parser, parser.parse_args(list(options)), load_model(path), path)
 
 

@@ -1,4 +1,4 @@
-"""What can be wrong on run_teacher_training.py's command line: one line, exit status 2, nothing written."""
+"""What can be wrong on the command line of a teacher's training: one line, exit status 2, nothing written."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models import get_model
-from tests.test_run_teacher_training import SMALL, make_project, outcome, passt_bytes, work_in
+from tests.test_teacher_training import SMALL, make_project, outcome, passt_bytes, work_in
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +22,13 @@ def here(project, tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize(
     ("teacher", "extra", "message"),
     [
-        ("beats", ["--pretrained", "auto"], "--pretrained must name a file of weights for beats"),
+        ("beats", ["--pretrained", "auto"], "--pretrained must name a file of weights for BEATs"),
         ("beats", ["--pretrained", "auto"], "BEATs_iter3_plus_AS2M.pt and BEATs_iter3_plus_AS2M_finetuned"),
         ("beats", ["--pretrained", "nope.pt"], "nope.pt is missing"),
         ("beats", ["--pretrained", "tau/meta.csv"], "tau/meta.csv is a text file"),
         ("beats", ["--pretrained", "page.pt"], "page.pt is a web page"),
         ("beats", ["--pretrained", "DCASE23_Task1/passt/checkpoints/last.pt"], "holds a passt network"),
-        ("passt", ["--pretrained", "resnet.pt"], "resnet.pt holds a cp_resnet network, --teacher is passt"),
+        ("passt", ["--pretrained", "resnet.pt"], "resnet.pt holds a cp_resnet network, --model is passt"),
         ("passt", ["--pretrained", "tensor.pt"], "tensor.pt holds no checkpoint but a Tensor"),
         ("passt", ["--pretrained", "others.pt"], "others.pt is neither a checkpoint of this project"),
         ("passt", ["--pretrained", "passt.pt", "--depth", "2"], "passt.pt: the weights do not fit PaSST"),
@@ -39,15 +39,19 @@ def here(project, tmp_path, monkeypatch) -> Path:
         ("beats", ["--freeze", "x"], "--freeze takes a number of layers, all or none, got x"),
         ("beats", ["--freeze", "-1"], "--freeze takes a number of layers, all or none, got -1"),
         ("cp_resnet", ["--freeze", "1"], "--freeze is for transformers; cp_resnet learns as a whole"),
-        ("cp_resnet", ["--pretrained", "resnet.pt"], "leave --pretrained away, or choose --teacher passt or beats"),
-        ("cp_resnet", ["--teacher", "resnet50"], "choose from 'cp_resnet', 'passt', 'beats'"),
+        ("cp_resnet", ["--pretrained", "resnet.pt"], "leave --pretrained away, or choose --model passt or beats"),
+        ("cp_resnet", ["--model", "resnet50"], "choose from 'cp_mobile', 'cp_resnet', 'passt', 'beats'"),
         ("cp_resnet", ["--s_patchout_f", "3"], "unrecognized arguments: --s_patchout_f 3"),
         ("cp_resnet", ["--cut_channels_s3", "40"], "stage 3 has -8 channels: lower cut_channels_s3"),
         ("cp_resnet", ["--n_classes", "4"], "--n_classes 4, but tau has 10 scenes"),
-        ("cp_resnet", ["--teacher_logits", "tensor.pt"], "--teacher_logits needs a --kd_lambda below 1"),
+        (
+            "cp_resnet",
+            ["--teacher_logits", "tensor.pt"],
+            "--teacher_logits needs a loss that learns from them",
+        ),
         ("cp_resnet", ["--kd_lambda", "0.5"], "no teacher logits are known for tau"),
         ("cp_resnet", ["--dataset_dir", "nowhere"], "nowhere/meta.csv is missing"),
-        ("cp_resnet", ["--beta2", "1"], "--beta2 must be below 1"),
+        ("cp_resnet", ["--beta2", "1"], "--beta2: must be >= 0 and < 1"),
         ("cp_resnet", ["--hop_size", "2000"], "cannot take these clips: log_mel must have at least 17 mel bands"),
         (
             "cp_resnet",
@@ -77,13 +81,10 @@ def test_bad_input_is_one_line_and_nothing_is_written(here, monkeypatch, capsys,
     ("arguments", "message"),
     [
         (["--resume", "nope"], "no run nope in DCASE23_Task1; there is passt, resnet, student"),
-        (["--resume", "resnet", "--teacher", "passt"], "--teacher cannot change when a run is resumed"),
+        (["--resume", "resnet", "--model", "passt"], "--model cannot change when a run is resumed"),
         (["--resume", "passt", "--freeze", "1"], "--freeze cannot change when a run is resumed"),
         (["--resume", "resnet", "--cropped"], "--cropped cannot change when a run is resumed"),
-        (
-            ["--resume", "student"],
-            "one of run_training.py: python run_training.py --project_name DCASE23_Task1 --resume student",
-        ),
+        (["--resume", "resnet", "--config", "x.yaml"], "--config means nothing with --resume"),
         (["--resume", "resnet", "--dataset_dir", "own"], "; now kitchen, office, yard)"),
         (["--resume", "passt", "--n_heads", "4"], "--n_heads cannot change when a run is resumed"),
     ],

@@ -6,12 +6,13 @@ import torch
 
 from datasets.tau import SCENES, read_meta
 from helpers import teachers
-from helpers.checkpoints.checkpoint import CheckpointError, describe, save_checkpoint
+from helpers.checkpoints.checkpoint import CheckpointError, check_scenes, describe, save_checkpoint
 from helpers.fetch import resources
 from helpers.fetch.download import DownloadError
+from helpers.machine import Machine
 from helpers.teachers import PartFile, find_teacher, find_teachers, load_teacher_model, mean_logits, unique_names
-from models import FRONTENDS, MODELS, get_frontend, get_model
-from models.published import FRONTEND_OF, OLD_NAMES, RELEASE, TEACHERS, published_name
+from models import FRONTENDS, MODELS, default_frontend, get_frontend, get_model
+from models.published import OLD_NAMES, RELEASE, TEACHERS, published_name
 from tests.golden_inputs import clip, fill_state, wave
 from tests.http_server import FileServer, Served
 
@@ -42,10 +43,9 @@ def test_every_published_teacher_has_its_row():
     assert {name: teacher.architecture for name, teacher in TEACHERS.items()} == wanted
     assert all(teacher.file == f"{name}.pt" for name, teacher in TEACHERS.items())
     assert RELEASE == "https://github.com/fschmid56/cpjku_dcase23/releases/download/ensemble_logits"
-    assert set(FRONTEND_OF) == {"cp_resnet", "passt", "beats"}
-    for architecture, (frontend, options) in FRONTEND_OF.items():
-        assert architecture in MODELS
-        get_frontend(frontend, **options)
+    for architecture in MODELS:
+        name, options = default_frontend(architecture)
+        get_frontend(name, **options)
 
 
 @pytest.mark.parametrize(("old", "new"), OLD_NAMES.items())
@@ -190,11 +190,11 @@ def test_teachers_of_other_scenes_are_refused(own_tau, tmp_path):
     own(tmp_path / "w.pt", n_classes=2)
     source = find_teacher(str(tmp_path / "w.pt"), "p")
     with pytest.raises(CheckpointError, match=r"w\.pt knows the scenes x, y; .* has kitchen, office, yard"):
-        teachers.check_scenes(source, source.load(), read_meta(own_tau.root))
+        check_scenes(source.path, source.load(), read_meta(own_tau.root), "take another teacher")
     with pytest.raises(
         CheckpointError, match=r"w\.pt does not take clips of 1000 samples: waveform must be .* with at least"
     ):
-        teachers.scorer(source, source.load(), 1000, torch.device("cpu"), channels_last=True)
+        teachers.scorer(source, source.load(), 1000, Machine())
 
 
 def test_mean_of_logits_and_of_log_probabilities():

@@ -5,18 +5,32 @@ Low-Complexity Convolutional Neural Networks From a Patchout Audio Transformer",
 al., ICLR 2021, https://arxiv.org/abs/2104.02008. Departures: none.
 """
 
-from dataclasses import replace
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasets.waveforms import Batch
+from helpers.augment.augmentation import Augmentation, Setting
+from models.bounds import Bounds, check_numbers
 
 EPS = 1e-6
 
 
-class FreqMixStyle(nn.Module):
+@dataclass(frozen=True)
+class FreqMixStyleConfig:
+    mixstyle_p: Annotated[float, "share of batches with Freq-MixStyle; 0 is off", Bounds(0, 1)] = 0.4
+    mixstyle_alpha: Annotated[float, "parameter of its Beta distribution", Bounds(0, above=True)] = 0.3
+    mixstyle_axis: Annotated[
+        Literal["mel", "time"], "what has statistics of its own: bands, or frames as in BEATs' published recipe"
+    ] = "mel"
+
+    def __post_init__(self):
+        check_numbers(self)
+
+
+class FreqMixStyle(Augmentation):
     """With probability `p`, once for the whole batch, gives every clip statistics mixed with those of another clip.
 
     Args:
@@ -28,6 +42,8 @@ class FreqMixStyle(nn.Module):
         ValueError: for a value out of range.
     """
 
+    stage = "log_mel"
+
     def __init__(self, p: float, alpha: float, axis: Literal["mel", "time"] = "mel"):
         super().__init__()
         if not 0 <= p <= 1:
@@ -37,6 +53,10 @@ class FreqMixStyle(nn.Module):
         if axis not in ("mel", "time"):
             raise ValueError(f"mixstyle_axis must be mel or time, got {axis!r}")
         self.p, self.alpha, self.axis = p, alpha, axis
+
+    @classmethod
+    def from_config(cls, config: FreqMixStyleConfig, setting: Setting) -> "FreqMixStyle":
+        return cls(config.mixstyle_p, config.mixstyle_alpha, config.mixstyle_axis)
 
     def forward(self, batch: Batch) -> Batch:
         if not self.training or self.p == 0:

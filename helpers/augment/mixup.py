@@ -5,17 +5,28 @@ https://arxiv.org/abs/1710.09412. As in easy_dcase_task1, one weight serves the 
 changes a gradient: targets are mixed, not losses; with a teacher its distributions are mixed (see the class).
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasets.waveforms import Batch
+from helpers.augment.augmentation import Augmentation, Setting
 from helpers.augment.freq_mixstyle import _beta
+from models.bounds import Bounds, check_numbers
 
 
-class MixUp(nn.Module):
+@dataclass(frozen=True)
+class MixUpConfig:
+    mixup_alpha: Annotated[float, "parameter of mixup's Beta distribution; 0 is off", Bounds(0)] = 0.0
+
+    def __post_init__(self):
+        check_numbers(self)
+
+
+class MixUp(Augmentation):
     """Mixes every spectrogram with that of another clip: a share lam ~ Beta(alpha, alpha) its own, for all the same.
 
     Targets are mixed in the same proportion. Cross-entropy is linear in the target, so the loss is that of the two
@@ -35,6 +46,8 @@ class MixUp(nn.Module):
         ValueError: for a value out of range; at use, for a batch with teacher logits where no temperature was given.
     """
 
+    stage = "log_mel"
+
     def __init__(self, alpha: float, temperature: float | None = None):
         super().__init__()
         if not 0 <= alpha < float("inf"):
@@ -42,6 +55,10 @@ class MixUp(nn.Module):
         if temperature is not None and not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
         self.alpha, self.temperature = alpha, temperature
+
+    @classmethod
+    def from_config(cls, config: MixUpConfig, setting: Setting) -> "MixUp":
+        return cls(config.mixup_alpha, setting.teacher_temperature)
 
     def forward(self, batch: Batch) -> Batch:
         if not self.training or self.alpha == 0:

@@ -1,14 +1,24 @@
 """Time roll: a random circular shift of each clip."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
-from torch import nn
 
 from datasets.waveforms import Batch
+from helpers.augment.augmentation import Augmentation, Setting
+from models.bounds import Bounds, check_numbers
 
 
-class TimeRoll(nn.Module):
+@dataclass(frozen=True)
+class TimeRollConfig:
+    roll: Annotated[int, "largest circular shift of a clip, in samples; 0 is off", Bounds(0)] = 4000
+
+    def __post_init__(self):
+        check_numbers(self)
+
+
+class TimeRoll(Augmentation):
     """Rolls each clip by its own random shift; what leaves one end enters the other.
 
     Args:
@@ -18,11 +28,17 @@ class TimeRoll(nn.Module):
         ValueError: if max_shift is negative.
     """
 
+    stage = "waveform"
+
     def __init__(self, max_shift: int):
         super().__init__()
         if max_shift < 0:
             raise ValueError(f"roll must be >= 0 samples, got {max_shift}")
         self.max_shift = max_shift
+
+    @classmethod
+    def from_config(cls, config: TimeRollConfig, setting: Setting) -> "TimeRoll":
+        return cls(config.roll)
 
     def forward(self, batch: Batch) -> Batch:
         if not self.training or self.max_shift == 0:

@@ -7,8 +7,8 @@ of others are read too, see helpers/checkpoints/foreign.py.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from datasets.files import ContentError, check_content, matching, replacing
 from datasets.tau import SCENES, Meta
 from datasets.torch_file import read_torch_file
 from helpers.checkpoints.foreign import ForeignError, recognise
-from helpers.loop import LoopState, NonFiniteLossError, Update
+from helpers.data import Data
+from helpers.errors import UserError
+from helpers.loop import NonFiniteLossError, Update
 from helpers.quantization import prepare
-from models import FRONTENDS, MODELS, get_frontend, get_model
-from models.beats import differences
-from models.published import FRONTEND_OF
+from models import FRONTENDS, MODELS, default_frontend, get_frontend, get_model
 from models.quantized import QuantConfig
+from models.state_dicts import differences
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ TRAINING_SCHEMA = {
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A checkpoint is missing, damaged, of another program, or does not fit; one line with the remedy."""
 
 
@@ -82,6 +83,30 @@ class LoadedModel:
     scenes: tuple[str, ...]  # what the outputs stand for
     content: dict[str, Any]  # the whole file
     is_recorded: bool = True  # the file, or the published name, says what network and front end are; else: recognised
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One of our checkpoints, and where it lies."""
+
+    path: Path
+    content: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a run trains and on which data: what its checkpoints hold beside the state of training.
+
+    Args:
+        digests: of the data, from `helpers.data.data_digests` and the augmentations.
+        more: further entries of the checkpoint.
+    """
+
+    model: nn.Module
+    frontend: nn.Module
+    data: Data
+    digests: Mapping[str, str]
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 def describe(part: nn.Module, table: Mapping[str, tuple[type, type]]) -> dict[str, Any]:
@@ -115,86 +140,77 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
     return content
 
 
-def describe_run(
-    model: nn.Module, frontend: nn.Module, meta: Meta, n_samples: int, options: Mapping[str, Any],
-    digests: Mapping[str, str],
-) -> dict[str, Any]:  # fmt: skip
+def describe_run(subject: Subject, options: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint of every script holds beside the state of training.
 
     Args:
-        n_samples: length of a clip.
         options: the resolved ones of the script.
-        digests: of the data, from `helpers.data.data_digests`.
 
     Raises:
         NonFiniteLossError: for weights or running statistics that are not finite, so that nothing good is replaced.
     """
-    if not_finite(model.state_dict()) is not None:
+    if not_finite(subject.model.state_dict()) is not None:
         raise NonFiniteLossError("the weights are", options["lr"])
+    meta = subject.data.meta
     return {
-        "data": dict(digests),
-        "model": describe(model, MODELS),
-        "frontend": describe(frontend, FRONTENDS),
+        "data": dict(subject.digests),
+        "model": describe(subject.model, MODELS),
+        "frontend": describe(subject.frontend, FRONTENDS),
         "scenes": list(meta.scenes),
         "recording_devices": list(meta.recording_devices),
-        "clip_samples": n_samples,
+        "clip_samples": subject.data.store.n_samples,
         "options": dict(options),
+        **subject.more,
     }
 
 
-def training_state(update: Update, loop: LoopState, device: torch.device) -> dict[str, Any]:
+def training_state(update: Update) -> dict[str, Any]:
     """Everything beside the network that an exact continuation needs; all processes must call it together.
 
     Raises:
         NonFiniteLossError: when weights or averages of the optimizer are not finite, so that nothing good is replaced.
     """
-    loop.check_finite(update.lr)
-    optimizer = update.optimizer
-    averages = [value for state in optimizer.state.values() for value in state.values()]
+    state, optimizer, device = update.state, update.optimizer, update.machine.device
+    state.check_finite(update.lr)
+    averages = [value for entry in optimizer.state.values() for value in entry.values()]
     weights = [value for group in optimizer.param_groups for value in group["params"]]
     tensors = [value for value in (*weights, *averages) if isinstance(value, torch.Tensor)]
     if not_finite({str(i): value.detach() for i, value in enumerate(tensors)}) is not None:
-        raise NonFiniteLossError("the weights are", update.lr, loop.epoch)
+        raise NonFiniteLossError("the weights are", update.lr, state.epoch)
     rng = {
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
-    sums = None if loop.sums is None else update.processes.sum(loop.sums)
+    processes = update.machine.processes
+    sums = None if state.sums is None else processes.sum(state.sums)
     return {
-        "optimizer": update.optimizer.state_dict(),
+        "optimizer": optimizer.state_dict(),
         "scaler": update.scaler.state_dict(),
-        "loop": {**vars(loop), "names": list(loop.names), "sums": sums},
-        "rng": update.processes.gather(rng),  # by process
+        "loop": {**vars(state), "names": list(state.names), "sums": sums},
+        "rng": processes.gather(rng),  # by process
     }
 
 
-def restore_training(
-    path: Path | str,
-    content: Mapping[str, Any],
-    scenes: Sequence[str],
-    model: nn.Module,
-    update: Update,
-    loop: LoopState,
-    device: torch.device,
-) -> None:
+def restore_training(begun: Checkpoint, subject: Subject, update: Update) -> None:
     """Puts network, optimizer, scaler, loop and random generators back to what a checkpoint of ours holds.
 
     Raises:
         CheckpointError: when the labels of the data set or the shapes of the network are others.
     """
+    path, content, scenes = begun.path, begun.content, subject.data.meta.scenes
     if tuple(content["scenes"]) != tuple(scenes):
         raise CheckpointError(
             f"{path} knows the scenes {', '.join(content['scenes'])}; the data set has {', '.join(scenes)}"
         )
-    processes = update.processes
+    state, processes, device = update.state, update.machine.processes, update.machine.device
     try:
-        model.load_state_dict(content["model"]["state"])
+        subject.model.load_state_dict(content["model"]["state"])
         update.optimizer.load_state_dict(content["optimizer"])
         update.scaler.load_state_dict(content["scaler"])
         for name, value in content["loop"].items():
-            setattr(loop, name, value.to(device) if isinstance(value, torch.Tensor) else value)
-        if loop.sums is not None and not processes.is_main:
-            loop.sums = torch.zeros_like(loop.sums)  # the sums of all are with process 0 now
+            setattr(state, name, value.to(device) if isinstance(value, torch.Tensor) else value)
+        if state.sums is not None and not processes.is_main:
+            state.sums = torch.zeros_like(state.sums)  # the sums of all are with process 0 now
         states = content["rng"]
         if len(states) != processes.size:
             log.warning(
@@ -223,7 +239,7 @@ def load_model(path: Path | str, network: tuple[str, Mapping[str, Any]] | None =
     path = Path(path)
     content = load_file(path)
     if network is not None:
-        (name, options), (frontend, frontend_options) = network, FRONTEND_OF[network[0]]
+        (name, options), (frontend, frontend_options) = network, default_frontend(network[0])
         parts = {
             "model": {"name": name, "config": options, "state": content},
             "frontend": {"name": frontend, "config": frontend_options, "state": {}},
@@ -246,6 +262,17 @@ def load_model(path: Path | str, network: tuple[str, Mapping[str, Any]] | None =
         content=content,
         is_recorded=parts is content or network is not None,
     )
+
+
+def check_scenes(path: Path | str, loaded: LoadedModel, meta: Meta, remedy: str) -> None:
+    """Refuses a network whose outputs stand for other scenes than those of the data set.
+
+    Raises:
+        CheckpointError: with both lists.
+    """
+    if loaded.scenes != tuple(meta.scenes):
+        known = ", ".join(loaded.scenes) or f"{loaded.model.config.n_classes} classes of no known data set"
+        raise CheckpointError(f"{path} knows the scenes {known}; {meta.root} has {', '.join(meta.scenes)}: {remedy}")
 
 
 def build_part(

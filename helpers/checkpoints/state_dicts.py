@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from models.beats import some
+from models.state_dicts import some
 
 log = logging.getLogger(__name__)
 

@@ -8,22 +8,22 @@ from typing import Any
 
 from helpers import cli
 from helpers.checkpoints.checkpoint import LoadedModel
-from helpers.options import FRONTEND_OPTIONS
+from helpers.parts import FRONTEND_OPTIONS, Parts
 from helpers.teachers import TeacherSource
 from models import FRONTENDS, MODELS
-from models.beats import differences
-
-NETWORK, FRONTEND = MODELS["cp_mobile"][0], FRONTENDS["cp_mel"][0]  # whose published options there are
+from models.state_dicts import differences
 
 
-def add_stated_options(parser: argparse.ArgumentParser, with_network: bool = True) -> None:
+def add_stated_options(parser: argparse.ArgumentParser, parts: Parts, with_network: bool = True) -> None:
     """Options of network and front end, without defaults: nothing needs to be said that the checkpoint says."""
-    parts = [("network", NETWORK, {})] if with_network else []
-    parts += [("front end", FRONTEND, FRONTEND_OPTIONS)]
-    for title, config, names in parts:
-        hint = "where it does not say them; else they must agree"
-        cli.add_config_arguments(parser, f"{title} of the checkpoint, {hint}", config, names)
+    kinds = [("model", "network", MODELS, {})] if with_network else []
+    kinds += [("frontend", "front end", FRONTENDS, FRONTEND_OPTIONS)]
+    for kind, title, table, names in kinds:
+        title = f"{title} of the checkpoint, where it does not say them; else they must agree"
+        config = table[getattr(parts, kind)][0]
+        cli.add_config_arguments(parser, title, config, names)
         parser.set_defaults(**{names.get(field.name, field.name): None for field in fields(config)})
+        parser.add_argument_group(title).add_argument(f"--{kind}", choices=[*table], help="which one it is")
 
 
 def believe(parser: argparse.ArgumentParser, args: argparse.Namespace, loaded: LoadedModel, path: Path) -> LoadedModel:
@@ -31,26 +31,61 @@ def believe(parser: argparse.ArgumentParser, args: argparse.Namespace, loaded: L
 
     Ends with the parser's error for an option that contradicts the checkpoint or that its network does not have.
     """
-    for part, stated, names in ((loaded.model, NETWORK, {}), (loaded.frontend, FRONTEND, FRONTEND_OPTIONS)):
-        given = {field.name: getattr(args, names.get(field.name, field.name), None) for field in fields(stated)}
-        given = {name: value for name, value in given.items() if value is not None}
-        known = {field.name for field in fields(part.config)}
-        for name, value in given.items():
-            option = f"--{names.get(name, name)}"
-            if name not in known:
-                parser.error(f"{option} {value}, but {path} holds a {type(part).__name__}, which has no such option")
-            held = getattr(part.config, name)
-            if value == held or (not loaded.is_recorded and (part is loaded.frontend or _same(part, name, value))):
-                continue
-            parser.error(f"{option} {value}, but {path} has {held}: leave the option away")
-        if part is loaded.frontend and not loaded.is_recorded and given:
-            n_mels = getattr(loaded.model.config, "input_fdim", None)
-            if n_mels is not None and given.get("n_mels", n_mels) != n_mels:
-                parser.error(f"--n_mels {given['n_mels']}, but the network in {path} takes {n_mels}")
-            with cli.option_errors(parser):
-                frontend = type(part)(_changed(part.config, given)).eval()
-            loaded = replace(loaded, frontend=frontend)
-    return loaded
+    check_kind(parser, args, "model", loaded.model, MODELS, path)
+    check_stated(parser, args, loaded, path, loaded.model)
+    if loaded.is_recorded or stated_name(args) in (None, name_of(loaded.frontend, FRONTENDS)):
+        check_kind(parser, args, "frontend", loaded.frontend, FRONTENDS, path)
+        base = loaded.frontend.config
+    else:
+        base = FRONTENDS[args.frontend][0]()
+        loaded = replace(loaded, frontend=FRONTENDS[args.frontend][1](base).eval())
+    check_stated(parser, args, loaded, path, loaded.frontend)
+    given = {name: value for name, value in stated_frontend(args).items() if value is not None}
+    if loaded.is_recorded or not given:
+        return loaded
+    n_mels = getattr(loaded.model.config, "input_fdim", None)
+    if n_mels is not None and given.get("n_mels", n_mels) != n_mels:
+        parser.error(f"--n_mels {given['n_mels']}, but the network in {path} takes {n_mels}")
+    with cli.option_errors(parser):
+        return replace(loaded, frontend=type(loaded.frontend)(_changed(base, given)).eval())
+
+
+def stated_name(args: argparse.Namespace) -> str | None:
+    """The front end that the command line names."""
+    return getattr(args, "frontend", None)
+
+
+def name_of(part: Any, table: Mapping[str, tuple[type, type]]) -> str:
+    return next(name for name, (_, cls) in table.items() if type(part) is cls)
+
+
+def check_kind(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, kind: str, part: Any, table: Mapping, path: Path
+) -> None:
+    """Ends with the parser's error where the command line names another network or front end than the file holds."""
+    stated, held = getattr(args, kind, None), name_of(part, table)
+    if stated not in (None, held):
+        parser.error(f"--{kind} {stated}, but {path} has {held}: leave the option away")
+
+
+def check_stated(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, loaded: LoadedModel, path: Path, part: Any
+) -> None:
+    """Ends with the parser's error for an option of network or front end that contradicts the file."""
+    is_frontend = part is loaded.frontend
+    names = FRONTEND_OPTIONS if is_frontend else {}
+    stated = stated_frontend(args) if is_frontend else stated_network(args)
+    known = {field.name for field in fields(part.config)}
+    for name, value in stated.items():
+        if value is None:
+            continue
+        option = f"--{names.get(name, name)}"
+        if name not in known:
+            parser.error(f"{option} {value}, but {path} holds a {type(part).__name__}, which has no such option")
+        held = getattr(part.config, name)
+        if value == held or (not loaded.is_recorded and (is_frontend or _same(part, name, value))):
+            continue
+        parser.error(f"{option} {value}, but {path} has {held}: leave the option away")
 
 
 def believe_of_teachers(
@@ -60,7 +95,7 @@ def believe_of_teachers(
 
     Ends with the parser's error for an option that contradicts one of these files, or that is there for no teacher.
     """
-    if not any(value is not None for value in stated_frontend(args).values()):
+    if stated_name(args) is None and all(value is None for value in stated_frontend(args).values()):
         return list(sources)
     believed, contradicted = [], None
     for source in sources:
@@ -75,9 +110,18 @@ def believe_of_teachers(
     return believed
 
 
+def stated_network(args: argparse.Namespace) -> dict[str, Any]:
+    """The network's fields as the command line states them, None where it does not."""
+    return _stated(args, MODELS[getattr(args, "model", None) or Parts().model][0], {})
+
+
 def stated_frontend(args: argparse.Namespace) -> dict[str, Any]:
     """The front end's fields as the command line states them, None where it does not."""
-    return {field.name: getattr(args, FRONTEND_OPTIONS.get(field.name, field.name), None) for field in fields(FRONTEND)}
+    return _stated(args, FRONTENDS[stated_name(args) or Parts().frontend][0], FRONTEND_OPTIONS)
+
+
+def _stated(args: argparse.Namespace, config: type, names: Mapping[str, str]) -> dict[str, Any]:
+    return {field.name: getattr(args, names.get(field.name, field.name), None) for field in fields(config)}
 
 
 def _changed(config: Any, given: Mapping[str, Any]) -> Any:

@@ -14,8 +14,6 @@ from helpers.errors import ExportError
 from helpers.export.executorch_program import export_executorch
 from helpers.export.onnx_file import export_onnx
 from models.blocks import fold
-from models.frontends.cp_mel import CpMel
-from models.frontends.cp_mel_export import CpMelExport
 
 WAVEFORM, LOG_MEL = "waveform", "log_mel"  # names of the two kinds of input
 
@@ -26,7 +24,7 @@ def describe_file(frontend: nn.Module, scenes: Sequence[str], n_samples: int, pr
     Args:
         n_samples: length of a clip at the front end's rate.
     """
-    rate = frontend.config.sample_rate
+    rate = frontend.sample_rate
     return {
         "labels": json.dumps(list(scenes)),
         "sample_rate_hz": str(rate),
@@ -64,15 +62,11 @@ def whole(network: nn.Module, frontend: nn.Module, n_samples: int, store_matrice
     Raises:
         ExportError: when there is no such form of the front end, or not for this length of clips.
     """
-    if not isinstance(frontend, CpMel):
-        raise ExportError(
-            f"front end {type(frontend).__name__} has no form for files: export the network alone (--inputs network)"
-        )
     try:
-        form = CpMelExport(frontend, n_samples, store_matrices)
+        form = frontend.for_export(n_samples, store_matrices)
         return nn.Sequential(OrderedDict(frontend=form, network=network)).eval()
     except ValueError as error:
-        raise ExportError(f"the front end does not take clips of {n_samples} samples: {error}") from error
+        raise ExportError(f"the front end cannot go into files for clips of {n_samples} samples: {error}") from error
 
 
 def activation_bytes(network_bytes: int, frontend: nn.Module, n_samples: int, with_frontend: bool) -> int:

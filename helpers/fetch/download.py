@@ -25,6 +25,7 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError, NameResolutionError
 
 from datasets.files import ContentError, check_content, locked, matching, read_json, write_json
+from helpers.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ RECORD = {
 }
 
 
-class DownloadError(OSError):
+class DownloadError(UserError, OSError):
     """A download or an archive that cannot be used; one line with the address or file, the reason and the remedy.
 
     Args:

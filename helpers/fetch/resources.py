@@ -17,9 +17,8 @@ from datasets.torch_file import read_torch_file
 from helpers.checkpoints.foreign import recognise
 from helpers.fetch.download import UnreachableError, fetch, fetch_recorded
 from models import get_model
-from models.beats import differences
-from models.passt import ARCHITECTURES, RELEASES
 from models.published import RELEASE, TEACHERS, Teacher
+from models.state_dicts import differences
 
 PUBLISHED_RUN = "c0a7nzin"
 PUBLISHED_URL = (
@@ -63,17 +62,14 @@ def teacher_file(name: str, folder: Path = RESOURCES, url: str = RELEASE) -> Pat
     return _recorded(f"{url}/{teacher.file}", folder / teacher.file, partial(_check_teacher, teacher))
 
 
-def passt_file(arch: str, folder: Path = RESOURCES, url: str = RELEASES) -> Path:
-    """PaSST's weights from AudioSet; size and checksum are recorded once it has loaded.
+def pretrained_file(network: str, url: str, folder: Path = RESOURCES) -> Path:
+    """Published weights to start a network from; size and checksum are recorded once it has loaded.
 
-    Raises:
-        ValueError: for an architecture without such weights.
+    Args:
+        network: key of models.MODELS that the file must hold.
     """
-    weights = ARCHITECTURES[arch].weights
-    if weights is None:
-        raise ValueError(f"{arch} has no weights from AudioSet: name a file with --pretrained, or none")
     with _or_else("name a file with --pretrained, or none"):
-        return _recorded(f"{url}/{weights}", folder / Path(weights).name, _check_passt)
+        return _recorded(url, folder / url.rsplit("/", 1)[-1], partial(_check_network, network))
 
 
 def subset_file(subset: int, folder: Path = RESOURCES / "split_setup", url: str = SUBSET_URL) -> Path:
@@ -125,9 +121,9 @@ def _check_teacher(teacher: Teacher, path: Path) -> None:
         raise ContentError(f"{path} is not the {teacher.architecture}: {what}")
 
 
-def _check_passt(path: Path) -> None:
+def _check_network(network: str, path: Path) -> None:
     name = recognise(path, _weights(path))["model"]["name"]
-    if name != "passt":
+    if name != network:
         raise ContentError(f"{path} holds a {name} network")
 
 

@@ -64,10 +64,10 @@ def metric_tables(metrics: Mapping[str, float], split: str = "test") -> str:
 
 def epoch_line(epoch: int, metrics: Mapping[str, float]) -> str:
     """What the terminal shows of an epoch: loss, learning rate, speed, and accuracies where they were measured."""
-    line = (
-        f"epoch {epoch}: loss {metrics['train/loss']:.4f}, lr {metrics['train/lr']:.2e}, "
-        f"{metrics['train/clips_per_second']:.0f} clips/s"
-    )
+    line = f"epoch {epoch}:"
+    if "train/loss" in metrics:
+        line += f" loss {metrics['train/loss']:.4f}, lr {metrics['train/lr']:.2e}, "
+        line += f"{metrics['train/clips_per_second']:.0f} clips/s"
     for part in ("val", "test", "fp32/val", "fp32/test"):
         if f"{part}/acc" in metrics:
             groups = [

@@ -11,10 +11,10 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.blocks import Float32Constants
 from models.bounds import MAX_FFT, MAX_MELS, Bounds, check_hop, check_numbers
+from models.frontends.frontend import Frontend
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def hz_to_mel(hz: Tensor | float) -> Tensor:
     return 1127.0 * torch.log1p(torch.as_tensor(hz, dtype=torch.float32) / 700.0)
 
 
-class CpMel(Float32Constants):
+class CpMel(Frontend):
     """Maps waveforms (batch, sample) to normalised log-mel spectrograms (batch, 1, mel, time), float32.
 
     Frames: 1 + floor((sample - 1) / hop_length). In training mode the band edges are drawn anew for each batch from the
@@ -118,6 +118,14 @@ class CpMel(Float32Constants):
                 index, weight = self.band_index, self.band_weight
             return self._log_mel(waveform.float(), index, weight).unsqueeze(1)
 
+    def n_frames(self, n_samples: int) -> int:
+        return 1 + (n_samples - 1) // self.config.hop_length
+
+    def for_export(self, n_samples: int, store_matrices: bool = False) -> nn.Module:
+        from models.frontends.cp_mel_export import CpMelExport  # which needs this file
+
+        return CpMelExport(self, n_samples, store_matrices)
+
     def bands(self, f_min: Tensor, f_max: Tensor) -> tuple[Tensor, Tensor]:
         """The filter bank in narrow form: spectrum bins (mel, n) and their weights (mel, n) for edges in Hz.
 
@@ -162,7 +170,7 @@ class CpMel(Float32Constants):
         """
         config = self.config
         n_clips, n_bins = len(waveform), config.n_fft // 2 + 1
-        n_frames = 1 + (waveform.shape[-1] - 1) // config.hop_length
+        n_frames = self.n_frames(waveform.shape[-1])
         chunk, offsets = max(1, n_clips), None
         if waveform.device.type == "cpu":
             chunk = min(chunk, max(1, CPU_CHUNK_VALUES * torch.get_num_threads() // (config.n_fft * n_frames)))

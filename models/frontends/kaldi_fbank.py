@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.blocks import Float32Constants
 from models.bounds import MAX_FFT, MAX_MELS, MOST, Bounds, check_hop, check_numbers
+from models.frontends.frontend import Frontend
 
 PREEMPHASIS = 0.97
 POVEY_EXPONENT = 0.85  # the window is a Hann window to this power
@@ -76,7 +76,7 @@ def mel_bank(config: KaldiFbankConfig) -> Tensor:
     return torch.minimum((mel - left) / (centre - left), (right - mel) / (right - centre)).clamp_min(0)
 
 
-class KaldiFbank(Float32Constants):
+class KaldiFbank(Frontend):
     """Maps waveforms (batch, sample) in [-1, 1] to normalised filter banks (batch, 1, mel, time), float32.
 
     Frames: 1 + floor((sample - win_length) / hop_length); there is no padding, the samples after the last whole frame
@@ -110,7 +110,7 @@ class KaldiFbank(Float32Constants):
                 f"waveform must be (batch, sample) with at least {self.config.win_length} samples, one frame, "
                 f"got {tuple(waveform.shape)}"
             )
-        n_frames = 1 + (waveform.shape[1] - self.config.win_length) // self.config.hop_length
+        n_frames = self.n_frames(waveform.shape[1])
         # Made outside of inference mode: training needs the result in its graph.
         fbank = waveform.new_empty(len(waveform), n_frames, self.config.n_mels, dtype=torch.float32)
         if len(waveform):
@@ -118,6 +118,12 @@ class KaldiFbank(Float32Constants):
             with torch.autocast(waveform.device.type, enabled=False), torch.inference_mode():
                 self._fbank(waveform.detach().float(), fbank)
         return fbank.transpose(1, 2).unsqueeze(1)
+
+    def n_frames(self, n_samples: int) -> int:
+        return 1 + (n_samples - self.config.win_length) // self.config.hop_length
+
+    def for_export(self, n_samples: int, store_matrices: bool = False) -> nn.Module:
+        raise ValueError("front end KaldiFbank has no form for files: export the network alone (--inputs network)")
 
     @property
     def normalisation(self) -> str:

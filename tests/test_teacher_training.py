@@ -1,4 +1,4 @@
-"""The teachers' training script as its users meet it: small networks of each kind, stopped, resumed, misused."""
+"""Training of teachers as users meet it: small networks of each kind, stopped, resumed, misused."""
 
 import json
 import os
@@ -11,19 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-import run_teacher_training
 import run_training
 from datasets.cache import open_joined_store, open_store
 from datasets.crops import CroppedClips
 from datasets.tau import read_meta, train_rows
 from datasets.tau import test_rows as rows_for_test
 from datasets.waveforms import Clips
-from helpers import cli, loop
+from helpers import cli
 from helpers.checkpoints.checkpoint import load_checkpoint, load_model
+from helpers.errors import StoppedError
 from helpers.fetch import resources
+from helpers.losses import distillation
 from helpers.report import report
 from models import get_model
-from models.passt import ARCHITECTURES
+from models.passt import ARCHITECTURES, RELEASES
 from tests.conftest import make_tau
 from tests.golden_inputs import fill_state
 from tests.http_server import FileServer, Served
@@ -47,17 +48,21 @@ def flags(options: dict) -> list[str]:
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
 
+def recipe(name: str) -> list[str]:
+    return ["--config", str(Path(run_training.__file__).parent / "recipes" / f"{name}.yaml")]
+
+
 SMALL = {
     "cp_resnet": [
-        *DATA, "--teacher", "cp_resnet", "--window_size", "256", "--hop_size", "125", "--n_fft", "512", "--n_mels",
+        *DATA, *recipe("cp_resnet"), "--window_size", "256", "--hop_size", "125", "--n_fft", "512", "--n_mels",
         "64", *MEL, "--base_channels", "8", "--cut_channels_s3", "8",
     ],
     "passt": [
-        *DATA, "--teacher", "passt", "--pretrained", "none", *PASST_MEL, "--n_mels", "32", "--input_fdim", "32",
+        *DATA, *recipe("passt"), "--pretrained", "none", *PASST_MEL, "--n_mels", "32", "--input_fdim", "32",
         "--s_patchout_f", "1", "--input_tdim", "120", *flags(SMALL_PASST), "--lr", "1e-3",
     ],
     "beats": [
-        *DATA, "--teacher", "beats", "--pretrained", "none", *flags(SMALL_BEATS), "--encoder_layerdrop", "0.3",
+        *DATA, *recipe("beats_ssl"), "--pretrained", "none", *flags(SMALL_BEATS), "--encoder_layerdrop", "0.3",
         "--dropout", "0.1", "--lr", "1e-3",
     ],
 }  # fmt: skip
@@ -79,8 +84,8 @@ def make_project(folder: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         without_plots(patch)
-        run_teacher_training.main([*SMALL["cp_resnet"], "--run_id", "resnet"])
-        run_teacher_training.main([*SMALL["passt"], "--run_id", "passt"])
+        run_training.main([*SMALL["cp_resnet"], "--run_id", "resnet"])
+        run_training.main([*SMALL["passt"], "--run_id", "passt"])
         student = SMALL["cp_resnet"][len(DATA) + 2 : -2]
         run_training.main([*DATA, *student, "--run_id", "student"])
     return folder
@@ -109,7 +114,7 @@ def here(project, tmp_path, monkeypatch) -> Path:
 
 
 def train(run_id: str, teacher: str, *options: str) -> dict[str, float]:
-    return run_teacher_training.main([*SMALL[teacher], *options, "--run_id", run_id])
+    return run_training.main([*SMALL[teacher], *options, "--run_id", run_id])
 
 
 def content(run_id: str) -> dict:
@@ -149,9 +154,10 @@ def test_a_run_leaves_everything_it_promises(here, monkeypatch, capsys, teacher,
     run = here / "DCASE23_Task1/new"
     assert {path.name for path in run.iterdir()} == {
         ".lock", "options.json", "metrics.jsonl", "checkpoints", "curves.png", "confusion_matrix.png", "report.md",
+        "config.yaml",
     }  # fmt: skip
     options = json.loads((run / "options.json").read_text())
-    assert options["teacher"] == teacher and options["n_classes"] == 10
+    assert options["model"] == teacher and options["n_classes"] == 10
     assert [row["epoch"] for row in history("new")] == [0, 1]
     assert history("new")[1]["test/acc"] == metrics["test/acc"]
     assert {"test/acc/unseen", "test/acc/device/s4"} <= set(metrics) and metrics["train/kd_loss"] == 0
@@ -177,12 +183,13 @@ def test_a_data_set_with_its_own_labels(here):
 @pytest.mark.parametrize("teacher", ["cp_resnet", "passt", "beats"])
 def test_a_run_stopped_within_an_epoch_ends_with_the_same_bits(here, monkeypatch, teacher):
     """Of the BEATs network too, whose file has options that the command line does not know."""
-    options = ["--cropped", "--n_epochs", "3", "--warm_up_len", "1", "--mixup_alpha", "0.3"]
+    chain = ["dir", "time_roll", "spec_mask", "freq_mixstyle", "mixup"]
+    options = ["--cropped", "--n_epochs", "3", "--warm_up_len", "1", "--augment", *chain, "--mixup_alpha", "0.3"]
     if teacher == "beats":
         save_beats("beats.pt", deep_norm=False, activation_fn="relu", conv_pos=16, encoder_layerdrop=0.4)
         options += ["--pretrained", "beats.pt", "--freeze", "1"]
     train("whole", teacher, *options)
-    n_steps, kd_loss = [0], run_teacher_training.kd_loss
+    n_steps, kd_loss = [0], distillation.kd_loss
 
     def terminate_in_the_second_epoch(*arguments):
         n_steps[0] += 1
@@ -191,13 +198,13 @@ def test_a_run_stopped_within_an_epoch_ends_with_the_same_bits(here, monkeypatch
         return kd_loss(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_teacher_training, "kd_loss", terminate_in_the_second_epoch)
-        with pytest.raises(loop.StoppedError, match="--project_name DCASE23_Task1 --resume stopped"):
+        patch.setattr(distillation, "kd_loss", terminate_in_the_second_epoch)
+        with pytest.raises(StoppedError, match="--project_name DCASE23_Task1 --resume stopped"):
             train("stopped", teacher, *options)
     where = content("stopped")["loop"]
     assert (where["epoch"], where["step"]) == (1, 2)
     Path("beats.pt").unlink(missing_ok=True)  # its weights are in the run now
-    run_teacher_training.main(["--resume", "stopped"])
+    run_training.main(["--resume", "stopped"])
     assert_same_weights("whole", "stopped")
     assert history("whole") == history("stopped")
 
@@ -239,8 +246,8 @@ def find(recording: np.ndarray, window: np.ndarray) -> int | None:
 def test_a_batch_in_pieces_is_the_same_step(here, monkeypatch):
     """Without batch norm and patchout; the optimizer's first mean is a tenth of the gradient."""
     plain = ["--s_patchout_f", "0", "--input_tdim", "100", "--batch_size", "27", "--weight_decay", "0"]
-    n_clips, kd_loss = [], run_teacher_training.kd_loss
-    monkeypatch.setattr(run_teacher_training, "kd_loss", lambda *a: n_clips.append(len(a[0])) or kd_loss(*a))
+    n_clips, kd_loss = [], distillation.kd_loss
+    monkeypatch.setattr(distillation, "kd_loss", lambda *a: n_clips.append(len(a[0])) or kd_loss(*a))
     metrics = [train(f"in{n}", "passt", *plain, "--accumulate", n) for n in ("1", "3")]
     assert n_clips == [27, 9, 9, 9]
     assert metrics[0]["train/loss"] == pytest.approx(metrics[1]["train/loss"], rel=1e-6)
@@ -297,7 +304,7 @@ def passt_bytes(path: str, **options) -> bytes:
 WEIGHTS = ARCHITECTURES["passt_s_swa_p16_128_ap476"].weights
 # n_heads leaves no trace in the weights; all else is in them.
 FROM_AUDIOSET = [
-    *DATA, "--teacher", "passt", *PASST_MEL, "--n_heads", "2", "--lr", "0.01", "--warm_up_len", "0",
+    *DATA, *recipe("passt"), *PASST_MEL, "--n_heads", "2", "--lr", "0.01", "--warm_up_len", "0",
 ]  # fmt: skip
 
 
@@ -305,9 +312,10 @@ FROM_AUDIOSET = [
 def release(here, monkeypatch):
     """A server in the place of PaSST's release, and an own resources folder."""
     with FileServer({}) as server:
-        fetch = resources.passt_file
+        fetch = resources.pretrained_file
         monkeypatch.setattr(
-            run_teacher_training, "passt_file", lambda arch: fetch(arch, here / "resources", server.url(""))
+            "helpers.checkpoints.pretrained.pretrained_file",
+            lambda network, url: fetch(network, url.replace(RELEASES, server.url("")), here / "resources"),
         )
         yield server
 
@@ -316,7 +324,7 @@ def test_passt_starts_from_audioset(here, release):
     release.files[f"/{WEIGHTS}"] = Served(passt_bytes("source.pt"))
     source = torch.load("source.pt", weights_only=True)
     for run_id in ("one", "two"):
-        run_teacher_training.main([*FROM_AUDIOSET, "--freeze", "all", "--run_id", run_id])
+        run_training.main([*FROM_AUDIOSET, "--freeze", "all", "--run_id", run_id])
     assert [path for path, _ in release.requests] == [f"/{WEIGHTS}"]  # fetched once
     assert list(json.loads(Path("resources/checksums.json").read_text())) == [Path(WEIGHTS).name]
     state, config = weights("one"), content("one")["model"]["config"]
@@ -332,7 +340,7 @@ def test_passt_starts_from_audioset(here, release):
 @pytest.mark.parametrize("n_predicted", [None, 527], ids=["self-supervised", "fine-tuned"])
 def test_beats_starts_from_its_authors_file_and_keeps_what_is_frozen(here, monkeypatch, n_predicted):
     source = save_beats("beats.pt", n_predicted, encoder_layerdrop=0.5)
-    modes, train_one_epoch = set(), run_teacher_training.train_one_epoch
+    modes, train_one_epoch = set(), run_training.train_one_epoch
 
     def watched(model, frontend, augment, loss_fn, *arguments):
         def loss_and_modes(logits, batch):
@@ -341,7 +349,7 @@ def test_beats_starts_from_its_authors_file_and_keeps_what_is_frozen(here, monke
 
         return train_one_epoch(model, frontend, augment, loss_and_modes, *arguments)
 
-    monkeypatch.setattr(run_teacher_training, "train_one_epoch", watched)
+    monkeypatch.setattr(run_training, "train_one_epoch", watched)
     train("tuned", "beats", "--pretrained", "beats.pt", "--freeze", "1", "--encoder_layerdrop", "0", "--lr", "0.01")
     assert modes == {(False, True)}
     state, config = weights("tuned"), content("tuned")["model"]["config"]
@@ -356,10 +364,10 @@ def test_beats_starts_from_its_authors_file_and_keeps_what_is_frozen(here, monke
 
 def test_an_earlier_run_is_a_start_too(here):
     source = weights("passt")
-    options = [*DATA, "--teacher", "passt", *PASST_MEL, "--n_mels", "32", "--lr", "0.01", "--warm_up_len", "0"]
+    options = [*DATA, *recipe("passt"), *PASST_MEL, "--n_mels", "32", "--lr", "0.01", "--warm_up_len", "0"]
     path = "DCASE23_Task1/passt/checkpoints/last.pt"
     for run_id, n_frozen in (("none", "0"), ("all", "all")):
-        run_teacher_training.main([*options, "--pretrained", path, "--freeze", n_frozen, "--run_id", run_id])
+        run_training.main([*options, "--pretrained", path, "--freeze", n_frozen, "--run_id", run_id])
         assert content(run_id)["model"]["config"] == content("passt")["model"]["config"]
         moved = {name for name in source if not torch.equal(weights(run_id)[name], source[name])}
         assert {"head.1.weight", "head.1.bias"} <= moved
@@ -368,9 +376,9 @@ def test_an_earlier_run_is_a_start_too(here):
 
 def outcome(arguments: list[str], monkeypatch, capsys) -> str:
     """The last line on standard error of a command that must end with status 2 and without a traceback."""
-    monkeypatch.setattr(sys, "argv", ["run_teacher_training.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["run_training.py", *arguments])
     with pytest.raises(SystemExit) as caught:
-        cli.run(run_teacher_training.main)
+        cli.run(run_training.main)
     errors = capsys.readouterr().err
     assert caught.value.code == 2 and "Traceback" not in errors
     last = errors.strip().splitlines()[-1]
@@ -396,7 +404,7 @@ def test_weights_that_do_not_arrive_are_one_line(release, monkeypatch, capsys, s
 
 def test_fetched_weights_that_were_swapped_are_noticed(release, monkeypatch, capsys):
     release.files[f"/{WEIGHTS}"] = Served(passt_bytes("source.pt"))
-    run_teacher_training.main([*FROM_AUDIOSET, "--run_id", "one"])
+    run_training.main([*FROM_AUDIOSET, "--run_id", "one"])
     file = Path("resources") / Path(WEIGHTS).name
     file.write_bytes(passt_bytes("source.pt", depth=2))
     assert f"{file.name} has " in outcome([*FROM_AUDIOSET, "--run_id", "new"], monkeypatch, capsys)

@@ -1,0 +1,15 @@
+"""Losses on logits (batch, class) by name: a plain table.
+
+A loss is built from its config and called with the logits and the batch that they answer. It returns a scalar, or a
+named tuple of scalars: the first is minimised, all are logged. One that learns from teacher logits says so with
+`teacher_temperature`, at which it reads them; None, or no such attribute: it takes none.
+"""
+
+from helpers.losses.distillation import Distillation, DistillationConfig, KdLoss, kd_loss
+
+# name -> (config, class); the keys are the choices on the command line, the first is the default.
+LOSSES = {
+    "distillation": (DistillationConfig, Distillation),
+}
+
+__all__ = ["LOSSES", "Distillation", "DistillationConfig", "KdLoss", "kd_loss"]
