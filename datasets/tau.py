@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from helpers.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas
 
 # The published order: sorted, and what the output units of every published checkpoint stand for.
 SCENES = (
@@ -144,7 +147,7 @@ class Meta:
         return len(self) == TAU22_N_CLIPS and (self.scenes, self.recording_devices) == (SCENES, RECORDING_DEVICES)
 
 
-def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+def read_table(path: Path, columns: Sequence[str]) -> "pandas.DataFrame":
     """Reads a tab-separated file, everything as text; checks that `columns` are there.
 
     Raises:
@@ -155,8 +158,10 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             f"{path} is missing: name the extracted data set with --dataset_dir or TAU22_DIR, or fetch it with "
             f"`python run_dataset.py download` ({TAU22_PAGE})"
         )
+    import pandas  # slow to import, and not needed for --help
+
     try:
-        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        table = pandas.read_csv(path, sep="\t", dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except (ValueError, UnicodeDecodeError) as error:  # pandas' parser errors are ValueErrors
         raise DataError(f"{path} is no tab-separated table ({error}): extract it again") from error
     missing = [name for name in columns if name not in table.columns]
@@ -167,11 +172,13 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     return table
 
 
-def _encode(values: pd.Series, published: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
+def _encode(values: "pandas.Series", published: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
     """Positions in the published list when it holds every value, else in the sorted values themselves."""
+    import pandas
+
     present = set(values)
     names = published if present <= set(published) else tuple(sorted(present))
-    return pd.Categorical(values, categories=list(names)).codes.astype(np.int64), names
+    return pandas.Categorical(values, categories=list(names)).codes.astype(np.int64), names
 
 
 def read_meta(root: Path | str) -> Meta:

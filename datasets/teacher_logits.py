@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -61,9 +60,11 @@ def read_logits_file(path: Path) -> Any:
 
 
 def _table(path: Path) -> dict[str, Any]:
+    import pandas  # slow to import, and not needed for --help
+
     try:
-        table = pd.read_csv(path, sep=None, engine="python", encoding="utf-8-sig", skipinitialspace=True)
-    except (ValueError, pd.errors.ParserError) as error:  # of bytes that are no text, of rows of unequal length
+        table = pandas.read_csv(path, sep=None, engine="python", encoding="utf-8-sig", skipinitialspace=True)
+    except (ValueError, pandas.errors.ParserError) as error:  # of bytes that are no text, of rows of unequal length
         raise ContentError(f"is no table that can be read ({error})") from error
     table.columns = [str(column).strip() for column in table.columns]
     scenes = [column for column in table.columns if column not in TABLE_COLUMNS]

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.errors import UserError
 from models.blocks import ConvUnit, fold
@@ -238,6 +237,8 @@ def _bytes_per_value(precision: str) -> int:
 
 
 def _cost(model: nn.Module, input_shape: tuple[int, ...], units: list[str]) -> Cost:
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import, and not needed for --help
+
     if any(isinstance(module, Switches) for module in model.modules()):
         raise ValueError("a network with fake quantization cannot be counted: count the float or the integer network")
     stored = {id(value): value for module in model.modules() for _, value, _ in _own_parameters(module)}.values()

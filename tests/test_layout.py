@@ -76,7 +76,7 @@ PARTS = {
     "models": {
         r"cp_?mobile": ("models/cp_mobile.py", "models/__init__.py", *LAYERS),
         r"cp_?resnet": ("models/cp_resnet.py", "models/__init__.py", "models/published.py"),
-        r"^passt$|^Passt|models\.passt": ("models/passt.py", "models/__init__.py", "models/published.py"),
+        r"^passt$|^Passt[A-Z]|models\.passt": ("models/passt.py", "models/__init__.py", "models/published.py"),
         r"^beats(_\w+)?$|^Beats|models\.beats": ("models/beats.py", "models/beats_checkpoint.py", "models/__init__.py"),
     },
     "models/frontends": {

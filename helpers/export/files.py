@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from helpers.complexity import peak_values
 from helpers.errors import ExportError
 from helpers.export.executorch_program import export_executorch
-from helpers.export.onnx_file import export_onnx
 from models.blocks import fold
 
 WAVEFORM, LOG_MEL = "waveform", "log_mel"  # names of the two kinds of input
@@ -92,6 +91,8 @@ def write_onnx(
         precision: fp32, fp16 or int8; for the metadata.
         with_frontend: waveform in instead of log-mel.
     """
+    from helpers.export.onnx_file import export_onnx  # slow to import, and not needed for --help
+
     network = fold(network) if precision != "int8" else network
     model = whole(network, frontend, n_samples) if with_frontend else network
     metadata = describe_file(frontend, scenes, n_samples, precision)

@@ -4,9 +4,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor
 
@@ -15,6 +15,9 @@ from datasets.synthetic.devices import MICROPHONES, record
 from datasets.synthetic.scenes import render_scene
 from datasets.synthetic.signals import SAMPLE_RATE, named_rng
 from datasets.tau import SCENES
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 
 @dataclass(frozen=True)
@@ -143,12 +146,14 @@ def generated_clips(sample_rate: int, n_samples: int) -> tuple[Tensor, list[str]
     return torch.from_numpy(np.stack(clips).astype(np.float32)), devices
 
 
-def open_session(path: Path, n_threads: int = 1, exact: bool = False) -> onnxruntime.InferenceSession:
+def open_session(path: Path, n_threads: int = 1, exact: bool = False) -> "onnxruntime.InferenceSession":
     """ONNX Runtime for one file.
 
     Args:
         exact: 32-bit sums on every CPU, slower on x86 CPUs without VNNI; else those add 8-bit products in 16 bits.
     """
+    import onnxruntime  # slow to import, and not needed for --help
+
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.x64quantprecision", str(int(exact)))
     options.intra_op_num_threads = n_threads
