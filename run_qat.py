@@ -10,7 +10,7 @@ Network and front end come from the checkpoint. Every evaluation scores the inte
 weights in float32 (`fp32/test/...`); `source/test/...` is the checkpoint as it came. The run ends with
 checkpoints/last.pt, which run_export.py takes further, and the network for the target as an ONNX file.
 
-Published recipe: F. Schmid et al., DCASE Workshop 2023; what rounds where: models/quantized.py.
+Published recipe: F. Schmid et al., DCASE Workshop 2023; what rounds where: models/layers/.
 """
 
 import helpers.start  # noqa: F401, I001 (before torch)
@@ -52,7 +52,7 @@ from helpers.quantization import calibrate, for_target, freeze, prepare, roundin
 from helpers.runs.folder import last_checkpoint, source_checkpoint
 from helpers.runs.options import parse_run_options
 from helpers.runs.run import Run, open_run
-from models.quantized import QuantConfig
+from models.layers.core import QuantConfig
 
 
 def make_parser(chosen: parts.Parts = parts.STUDENT) -> argparse.ArgumentParser:
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     else:
         source_scores, _ = evaluate(model, frontend, data, machine, "source/")
         if args.precision == "int8":
-            model = prepare(model, quant_config)
+            model = prepare(model, quant_config, next(calibration_batches())[:1])
             calibrate(model, calibration_batches, args.ptq or "mse", args.percentile)
         else:
             model = model.half()

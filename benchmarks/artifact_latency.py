@@ -22,7 +22,7 @@ from helpers.export import parity
 from helpers.export.files import write_onnx
 from helpers.quantization import calibrate, convert, prepare
 from models import get_frontend, get_model
-from models.quantized import QuantConfig
+from models.layers.core import QuantConfig
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     rate = frontend.config.sample_rate
     waveform, _ = parity.generated_clips(rate, rate)
     log_mel = frontend(waveform)
-    prepared = prepare(model, QuantConfig(quantize_input=args.quantize_input))
+    prepared = prepare(model, QuantConfig(quantize_input=args.quantize_input), log_mel[:1])
     calibrate(prepared, lambda: [log_mel])
     networks = {"fp32": model, "int8": convert(prepared)}
 

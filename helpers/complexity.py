@@ -11,7 +11,7 @@ The rules (DCASE Task 1; its counter is torchinfo 1.8), which are known to overl
 
 One addition: integers cannot be parameters, so a buffer called weight or bias counts like one.
 
-The limit on bytes holds for the folded network (`models.blocks.fold`), which is what the target stores. That on MACs
+The limit on bytes holds for the folded network (`models/layers/fold.py`), which is what the target stores. That on MACs
 holds for the network as it was trained: the rules' counter would take each bias that folding leaves for a MAC at every
 position of the output. `arithmetic_macs` is what convolutions and matrix products really multiply, in modules or
 functions, their biases left out.
@@ -29,8 +29,9 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.errors import UserError
-from models.blocks import ConvUnit, fold
-from models.quantized import Switches
+from models.layers.conv_unit import ConvUnit
+from models.layers.core import Rounding
+from models.layers.fold import fold
 
 MAX_PARAMETER_BYTES = 128_000
 MAX_MACS = 30_000_000
@@ -239,7 +240,7 @@ def _bytes_per_value(precision: str) -> int:
 def _cost(model: nn.Module, input_shape: tuple[int, ...], units: list[str]) -> Cost:
     from torch.utils.flop_counter import FlopCounterMode  # slow to import, and not needed for --help
 
-    if any(isinstance(module, Switches) for module in model.modules()):
+    if any(isinstance(module, Rounding) for module in model.modules()):
         raise ValueError("a network with fake quantization cannot be counted: count the float or the integer network")
     stored = {id(value): value for module in model.modules() for _, value, _ in _own_parameters(module)}.values()
     # A copy, so that nothing that learns in eval mode (observers, for one) does; float32, which every CPU computes.

@@ -1,7 +1,6 @@
 """Takes a trained network to 8 bits: fake quantization around it, ranges, freezing, conversion to integers.
 
-The layers themselves are in `models/quantized.py` and `models/integer.py`; a network takes part when its forward pass
-is built from layers that stand in `QUANTIZED`.
+The layers themselves are in `models/layers`; a network takes part when its forward pass is built from the kinds there.
 """
 
 import copy
@@ -13,55 +12,157 @@ import torch
 from torch import Tensor, nn
 
 from helpers.errors import UserError
-from models.blocks import HalfPrecision
-from models.integer import LEVELS, IntConv
-from models.quantized import QUANTIZED, ActivationQuantizer, QuantConfig, Switches, count_overflows
+from models.layers import HAND_ON, KINDS
+from models.layers.conv_unit import FakeConv, FoldedNorm
+from models.layers.core import LEVELS, ActivationQuantizer, Place, QuantConfig, Rounding
+from models.layers.flow import Flow, trace
 
 N_BINS = 2048
-# Layers that hand activations on unchanged.
-TRANSPARENT = (nn.Sequential, nn.ModuleList, nn.Identity, nn.Dropout)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# What to use instead of a function.
+INSTEAD = {
+    **dict.fromkeys(["add", "__add__", "__radd__", "add_", "__iadd__", "sum"], "Add of models/layers/add.py"),
+    **dict.fromkeys(["relu", "relu_"], "nn.ReLU"),
+    **dict.fromkeys(["max_pool2d", "boolean_dispatch"], "nn.MaxPool2d"),
+    **dict.fromkeys(["avg_pool2d"], "nn.AvgPool2d"),
+    **dict.fromkeys(["adaptive_avg_pool2d"], "nn.AdaptiveAvgPool2d(1)"),
+    **dict.fromkeys(["dropout", "dropout1d", "dropout2d"], "nn.Dropout"),
+    **dict.fromkeys(["linear", "matmul", "__matmul__"], "nn.Linear"),
+    **dict.fromkeys(["conv2d", "conv1d"], "nn.Conv2d"),
+}
 
 
 class QuantizationError(UserError, ValueError):
     """A network cannot run in 8 bits; one line that names the layer."""
 
 
-def prepare(model: nn.Module, config: QuantConfig) -> nn.Module:
+class HalfPrecision(nn.Module):
+    """Runs a network in 16-bit floats behind float32 inputs and logits."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model.half()
+
+    def forward(self, log_mel: Tensor) -> Tensor:
+        return self.model(log_mel.half()).float()
+
+
+def prepare(model: nn.Module, config: QuantConfig, example: Tensor) -> nn.Module:
     """A copy of a network whose layers are exchanged for those with fake quantization; weights and names are kept.
 
+    Args:
+        example: a log-mel spectrogram (1, channel, mel, time), with which a copy is run once to see what each layer
+            reads: the first ones get float values, and norms and ReLUs become part of the layer that they alone read.
+
     Raises:
-        QuantizationError: for a layer that has no counterpart.
+        QuantizationError: for a layer that has no 8-bit form, or a module that computes 8-bit values by itself.
     """
+    if not any(type(module) in KINDS for module in model.modules()):
+        raise QuantizationError(
+            f"{type(model).__name__} has no layer that runs in 8 bits (models/layers/__init__.py lists those that do)"
+        )
+    _check_layers(model)
+    flow = trace(model, example, _gives_8_bits)
+    _check_flow(model, flow)
     model = copy.deepcopy(model)
     device = next(model.parameters()).device
-    first = next((module for module in model.modules() if type(module) in QUANTIZED), None)
-    if first is None:
-        raise QuantizationError(
-            f"{type(model).__name__} has no layer that runs in 8 bits (models/quantized.py lists those that do)"
-        )
-
-    def exchange(parent: nn.Module, path: str) -> None:
-        for name, child in parent.named_children():
-            if type(child) in QUANTIZED:
-                fake = QUANTIZED[type(child)](child, config, child is first)
-                setattr(parent, name, fake.train(child.training).to(device))
-                continue
-            n_inside = sum(1 for _ in child.children())
-            if not n_inside and not isinstance(child, TRANSPARENT):
-                raise QuantizationError(
-                    f"layer {path}{name} ({type(child).__name__}) has no 8-bit form: build it from the layers of "
-                    "models/quantized.py, or export the network as fp32 or fp16"
-                )
-            exchange(child, f"{path}{name}.")
-
-    exchange(model, "")
+    layers = [(name, module) for name, module in _layers(model) if type(module) in KINDS]
+    names = {module: name for name, module in model.named_modules()}  # of modules with several, the one that `flow` has
+    absorbed = set()
+    for path, layer in layers:
+        name = names[layer]
+        if name in absorbed:
+            continue
+        last = flow.norm_of.get(name, name) if type(layer) is nn.Conv2d else name
+        relu = flow.relu_of.get(last) if KINDS[type(layer)].absorbs_relu else None
+        reads_float = not any(flow.reads.get(name, ()))
+        place = Place(reads_float, relu is not None, flow.input_shapes.get(name, ()))
+        try:
+            if last != name:
+                norm = FoldedNorm(model.get_submodule(last))
+                fake = FakeConv(layer, config, place, norm)
+                model.set_submodule(last, norm)
+            else:
+                fake = KINDS[type(layer)](layer, config, place)
+        except ValueError as error:
+            raise QuantizationError(f"layer {path} ({type(layer).__name__}) has no 8-bit form: {error}") from error
+        fake = fake.train(layer.training).to(device)
+        model.set_submodule(path, fake)
+        if relu is not None:
+            model.set_submodule(relu, nn.Identity().train(model.get_submodule(relu).training))
+            absorbed.add(relu)
     return model
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of layers: of kinds, whole, and of whatever has no children."""
+
+    def visit(parent: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in parent.named_children():
+            if type(child) in KINDS or (next(child.children(), None) is None and not isinstance(child, CONTAINERS)):
+                yield f"{path}{name}", child
+            else:
+                yield from visit(child, f"{path}{name}.")
+
+    return visit(model, "")
+
+
+def _gives_8_bits(module: nn.Module, reads: list[bool]) -> bool | None:
+    if type(module) in KINDS:
+        gives = KINDS[type(module)].gives
+        return any(reads) if gives == "same" else gives == "levels"
+    if isinstance(module, HAND_ON):
+        return any(reads)
+    # A norm that is part of a convolution: `_check_flow` refuses others.
+    return any(reads) if type(module) is nn.BatchNorm2d else None
+
+
+def _check_layers(model: nn.Module) -> None:
+    for name, layer in _layers(model):
+        if type(layer) not in KINDS and not isinstance(layer, (*HAND_ON, nn.BatchNorm2d)):
+            raise QuantizationError(
+                f"layer {name} ({type(layer).__name__}) has no 8-bit form: build it from the layers of "
+                "models/layers/__init__.py, or export the network as fp32 or fp16"
+            )
+        for part_name, part in layer.named_modules(prefix=name):
+            if hasattr(part, "weight") and part.weight is not None and "weight" not in part._parameters:
+                raise QuantizationError(
+                    f"the weight of layer {part_name} ({type(part).__name__}) is computed (pruned or parametrized): "
+                    "make that permanent before quantizing"
+                )
+
+
+def _check_flow(model: nn.Module, flow: Flow) -> None:
+    if flow.outside:
+        name, function = flow.outside[0]
+        where = f"{name} ({type(model.get_submodule(name)).__name__})" if name else type(model).__name__
+        instead = INSTEAD.get(function, "a layer of models/layers/__init__.py")
+        raise QuantizationError(f"{where} computes {function} of activations by itself: use {instead} there")
+    norms = set(flow.norm_of.values())
+    for name, layer in _layers(model):
+        kind, what = KINDS.get(type(layer)), f"layer {name} ({type(layer).__name__})"
+        if type(layer) is nn.BatchNorm2d and flow.calls[name] and name not in norms - flow.dropout_before:
+            raise QuantizationError(
+                f"{what} has no 8-bit form where it is: it must have running statistics, and alone read a Conv2d"
+            )
+        if kind is None or not flow.calls[name]:
+            continue
+        if not kind.may_be_shared and flow.calls[name] > 1:
+            raise QuantizationError(f"{what} is called {flow.calls[name]} times: each call needs a layer of its own")
+        if not kind.takes_float and not all(flow.reads[name]):
+            raise QuantizationError(f"{what} reads float values, but takes 8-bit ones: put it behind a convolution")
+        if len(set(flow.reads[name])) > 1:
+            raise QuantizationError(f"{what} reads float values beside 8-bit ones")
+    if flow.answers_in_8_bits:
+        raise QuantizationError(
+            f"{type(model).__name__} answers with 8-bit values: let it end in a mean over freq and time, or nn.Linear"
+        )
 
 
 def switch(model: nn.Module, **states: bool) -> None:
     """Sets `rounding` or `norm_frozen` in all layers of a prepared network."""
     for module in model.modules():
-        if isinstance(module, Switches):
+        if isinstance(module, Rounding):
             for name, state in states.items():
                 setattr(module, name, state)
 
@@ -85,10 +186,10 @@ def convert(model: nn.Module) -> nn.Module:
     device = next(model.parameters()).device
     for module in list(converted.modules()):
         for name, child in module.named_children():
-            if isinstance(child, Switches) and hasattr(child, "convert"):
-                setattr(module, name, child.convert().to(device))
-            elif isinstance(child, nn.Dropout):
-                setattr(module, name, nn.Identity())  # takes tensors only
+            if hasattr(child, "convert"):
+                setattr(module, name, child.convert().eval().to(device))
+            elif isinstance(child, HAND_ON) and not isinstance(child, nn.Flatten):
+                setattr(module, name, nn.Identity())  # dropouts take tensors only
     return converted
 
 
@@ -111,19 +212,21 @@ def overflowing_layers(network: nn.Module) -> list[tuple[str, int]]:
 
     A fact of the weights, whatever CPU this is: each of two neighbours times the largest activation, added in 16 bits.
     """
-    found = []
-    for name, layer in network.named_modules():
-        if not isinstance(layer, IntConv) or layer.float_part:
-            continue
-        is_depthwise = layer.groups == len(layer.weight) and layer.weight.shape[1] == 1  # added in 32 bits
-        if not is_depthwise and (n := count_overflows(layer.weight)):
-            found.append((name, n))
-    return found
+    layers = [(name, layer) for name, layer in network.named_modules() if hasattr(layer, "n_overflows")]
+    return [(name, n) for name, layer in layers if (n := layer.n_overflows())]
 
 
 def step_of_logits(network: nn.Module) -> float:
-    """Scale of the 8-bit values whose means are an integer network's logits."""
-    return [layer for layer in network.modules() if isinstance(layer, IntConv)][-1].output[0]
+    """What one level of the 8-bit values behind an integer network's logits is worth in these.
+
+    Where the logits are means, the scale of the values that these are of; where they come from a linear layer, what
+    they move by when each of its inputs moves one level up or down.
+    """
+    step = 0.0
+    for layer in network.modules():
+        if hasattr(layer, "step_of_output"):
+            step = layer.step_of_output(step)
+    return step
 
 
 def for_target(model: nn.Module, precision: str) -> nn.Module:

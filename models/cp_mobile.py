@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Annotated, Any
 
-import torch
 from torch import Tensor, nn
 
-from models import fused
-from models.blocks import Add, AvgPool, ConvUnit, GlobalMean
 from models.bounds import MAX_CHANNELS, Bounds, check_channels, check_numbers
+from models.layers.add import Add
+from models.layers.avg_pool import AvgPool
+from models.layers.conv_unit import ConvUnit
+from models.layers.global_mean import GlobalMean
+from models.layers.inverted_bottleneck import InvertedBottleneck
+from models.layers.response_norm import ResponseNorm
 
 DEFAULT_STRIDES = MappingProxyType({"b2": (2, 2), "b4": (2, 1)})
 
@@ -67,46 +70,13 @@ class CpMobileConfig:
         return [base] + [make_divisible(base * self.channels_multiplier**i) for i in range(len(self.n_blocks))]
 
 
-RESPONSE_EPS = 1e-6
-
-
-class ResponseNorm(nn.Module):
-    """Global response normalisation (Woo et al., ConvNeXt V2) with a scalar gain and bias for all channels, then ReLU.
-
-    n = l2 norm of a channel over (freq, time), divided by the mean of these norms over the channels;
-    y = relu(gamma * x * n + beta + x), computed as x * (1 + gamma * n) + beta to read and write x only once.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1))
-        self.beta = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: Tensor) -> Tensor:  # (batch, channel, freq, time)
-        if self.training and fused.applies(x):
-            return fused.response_norm_relu(x, self.gamma, self.beta, RESPONSE_EPS)
-        eps = RESPONSE_EPS
-        if torch.compiler.is_exporting():  # the same ratio from means: runtimes have slow kernels for norms
-            norm = (x * x).mean(dim=(2, 3), keepdim=True).sqrt()
-            eps /= (x.shape[2] * x.shape[3]) ** 0.5
-        else:
-            norm = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)  # (batch, channel, 1, 1)
-        response = norm / (norm.mean(dim=1, keepdim=True) + eps)
-        return torch.addcmul(self.beta, x, 1 + self.gamma * response).relu_()
-
-
 class CpMobileBlock(nn.Module):
     """Pointwise expansion, depthwise 3x3, pointwise projection, shortcut where the width allows, norm, ReLU."""
 
     def __init__(self, c_in: int, c_out: int, expansion_rate: float, stride: Sequence[int]):
         super().__init__()
-        width = make_divisible(c_in * expansion_rate)
         self.after_block_norm = ResponseNorm()
-        self.block = nn.Sequential(
-            ConvUnit(c_in, width, 1),
-            ConvUnit(width, width, 3, stride, groups=width),
-            ConvUnit(width, c_out, 1, relu=False),
-        )
+        self.block = InvertedBottleneck(c_in, make_divisible(c_in * expansion_rate), c_out, stride)
         if c_in != c_out:
             self.shortcut = None
         elif tuple(stride) == (1, 1):
@@ -116,13 +86,7 @@ class CpMobileBlock(nn.Module):
         self.add = None if self.shortcut is None else Add()
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, channel, freq, time)
-        expand, depthwise, project = self.block
-        if self.training and fused.applies(x) and fused.are_plain(self.block):
-            y = fused.conv_norm_relu(x, expand[0], expand[1])
-            y = fused.norm_relu_conv(depthwise[0](y), depthwise[1], project[0])
-            y = project[1](y)
-        else:
-            y = self.block(x)
+        y = self.block(x)
         if self.shortcut is not None:
             y = self.add(y, self.shortcut(x))
         return self.after_block_norm(y)

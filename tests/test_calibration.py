@@ -12,8 +12,8 @@ from helpers.quantization import (
     prepare,
     quantizers,
 )
-from models.blocks import ConvUnit
-from models.quantized import ActivationQuantizer, QuantConfig
+from models.layers.conv_unit import ConvUnit
+from models.layers.core import ActivationQuantizer, QuantConfig
 from tests.test_quantization import assert_same_state, network, spectrograms, state_of
 
 
@@ -45,7 +45,7 @@ def test_minmax_takes_the_extremes_of_every_layer():
             module.register_forward_hook(note(name))
     with torch.no_grad():
         model(x)
-    ready = prepare(model, QuantConfig())
+    ready = prepare(model, QuantConfig(), x[:1])
     calibrate(ready, lambda: x.split(3), "minmax")
     outputs = {name.removesuffix(".output"): q for name, q in quantizers(ready) if name.endswith(".output")}
     assert outputs.keys() <= extremes.keys() and len(outputs) == 18
@@ -103,7 +103,7 @@ def test_least_squares_are_never_worse_than_the_extremes(kind):
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
 def test_calibration_touches_ranges_only_and_keeps_the_mode(method):
     for training in (True, False):
-        ready = prepare(network(), QuantConfig()).train(training)
+        ready = prepare(network(), QuantConfig(), spectrograms(1)).train(training)
         before = state_of(ready)
         calibrate(ready, lambda: [spectrograms()], method)
         assert_same_state(ready, before, but=(".low", ".high"))
@@ -122,9 +122,9 @@ def test_constant_activations_have_a_range():
 
 def test_calibration_without_clips_says_so():
     with pytest.raises(QuantizationError):
-        calibrate(prepare(network(), QuantConfig()), lambda: [], "minmax")
+        calibrate(prepare(network(), QuantConfig(), spectrograms(1)), lambda: [], "minmax")
 
 
 def test_networks_without_ranges_are_not_converted():
     with pytest.raises(QuantizationError):
-        convert(prepare(network(), QuantConfig()))
+        convert(prepare(network(), QuantConfig(), spectrograms(1)))

@@ -10,9 +10,11 @@ from torch.nn.utils import prune
 from helpers.complexity import LimitError, check_limits, count_complexity, enforce_limits, measure, table
 from helpers.quantization import calibrate, convert, prepare
 from models import get_model
-from models.blocks import Add, ConvUnit, fold
 from models.cp_resnet import CpResnet, CpResnetConfig
-from models.quantized import QuantConfig
+from models.layers.add import Add
+from models.layers.conv_unit import ConvUnit
+from models.layers.core import QuantConfig
+from models.layers.fold import fold
 from tests.conftest import GOLDEN
 
 GOLDEN_COUNTS = json.loads((GOLDEN / "complexity.json").read_text())
@@ -245,7 +247,7 @@ def test_integer_weights_are_parameters_though_torch_stores_them_as_buffers():
 
 def test_an_integer_network_costs_what_the_folded_one_costs_and_one_in_between_is_refused():
     model = cp_mobile((8, 2.3, 3)).eval()
-    prepared = prepare(model, QuantConfig())
+    prepared = prepare(model, QuantConfig(), torch.zeros(1, *CP_MOBILE_INPUT))
     with pytest.raises(ValueError, match="fake quantization"):
         measure(prepared, CP_MOBILE_INPUT)
     calibrate(prepared, lambda: [torch.linspace(-1, 1, 256 * 64).view(1, *CP_MOBILE_INPUT)])

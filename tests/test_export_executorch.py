@@ -9,9 +9,9 @@ from helpers.checkpoints.checkpoint import load_model
 from helpers.export import executorch_program as ee
 from helpers.quantization import calibrate, convert, prepare
 from models import get_frontend
-from models.blocks import fold
 from models.frontends.cp_mel_export import CpMelExport
-from models.quantized import QuantConfig
+from models.layers.core import QuantConfig
+from models.layers.fold import fold
 from tests.golden_inputs import clip
 from tests.test_quantization import CHECKPOINT, network, prepared, spectrograms
 
@@ -103,7 +103,7 @@ def test_the_published_network_on_real_clips(shared, tmp_path):
     loaded = load_model(shared(CHECKPOINT))
     clips = torch.load(shared("golden/cpjku_dcase23/checkpoint_real_clips.pt"), weights_only=True)["wave32k"]
     log_mel = loaded.frontend(clips)
-    ready = prepare(loaded.model, QuantConfig())
+    ready = prepare(loaded.model, QuantConfig(), log_mel[:1])
     calibrate(ready, lambda: [log_mel])
     model = convert(ready)
     path = ee.export_executorch(model, log_mel[:1], tmp_path / "network.pte")

@@ -17,8 +17,9 @@ from helpers.export.files import describe_file, write_onnx
 from helpers.export.onnx_file import DEPTHWISE_LANES, export_onnx, pad_depthwise
 from helpers.quantization import calibrate, convert, for_target, overflowing_layers, prepare
 from models import get_frontend, get_model
-from models.integer import IntAdd, IntConv, IntSums, QTensor, quantize
-from models.quantized import QuantConfig
+from models.layers.add import IntAdd
+from models.layers.conv_unit import IntConv, IntSums
+from models.layers.core import QTensor, QuantConfig, quantize
 from tests.conftest import SHARED
 from tests.golden_inputs import clip, fill_state, wave
 from tests.test_quantization import CHECKPOINT, network
@@ -45,7 +46,7 @@ def log_mel(frontend) -> torch.Tensor:
 
 
 def converted_network(log_mel: torch.Tensor, config=CONFIG, **options) -> nn.Module:
-    ready = prepare(network(**{**MIDDLE, **options}), config)
+    ready = prepare(network(**{**MIDDLE, **options}), config, log_mel[:1])
     calibrate(ready, lambda: [log_mel], "minmax")
     return convert(ready)
 
@@ -338,8 +339,8 @@ def default_int8(tmp_path_factory) -> tuple[nn.Module, Path]:
         model = load_model(SHARED / CHECKPOINT).model
     else:
         model = fill_state(get_model("cp_mobile"))
-    ready = prepare(model, QuantConfig())
     clips = get_frontend("cp_mel").eval()(clip(1, 32000, "default", 4))
+    ready = prepare(model, QuantConfig(), clips[:1])
     calibrate(ready, lambda: [clips], "mse")
     path = tmp_path_factory.mktemp("default") / "network.onnx"
     return convert(ready), write_onnx(convert(ready), get_frontend("cp_mel"), SCENES, 32000, "int8", False, path)
@@ -371,7 +372,7 @@ def test_the_published_network_agrees_with_onnx_runtime_on_real_clips(shared, de
 
 def test_a_quantized_input_leaves_nothing_to_chance_on_real_clips(shared, tmp_path):
     clips = torch.load(shared("golden/cpjku_dcase23/checkpoint_real_clips.pt"), weights_only=True)
-    ready = prepare(load_model(shared(CHECKPOINT)).model, QuantConfig(quantize_input=True))
+    ready = prepare(load_model(shared(CHECKPOINT)).model, QuantConfig(quantize_input=True), clips["spec"][:1])
     calibrate(ready, lambda: [clips["spec"]], "mse")
     model = convert(ready)
     assert overflowing_layers(model) == []

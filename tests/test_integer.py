@@ -6,10 +6,14 @@ import torch
 from torch import nn
 
 from helpers.quantization import convert
-from models import integer
-from models.blocks import AvgPool
-from models.integer import IntAdd, IntAvgPool, IntConv, IntGlobalMean, IntResponseNorm, QTensor, quantize
-from models.quantized import QuantConfig, Switches, limit_pairs
+from models.layers.add import IntAdd
+from models.layers.avg_pool import AvgPool, IntAvgPool
+from models.layers.conv_unit import IntConv
+from models.layers.core import QTensor, QuantConfig, Rounding, quantize
+from models.layers.global_mean import IntGlobalMean
+from models.layers.integer_sums import EXACT_FLOAT32
+from models.layers.response_norm import IntResponseNorm
+from models.layers.weights import limit_pairs
 from tests.test_quantization import prepared, spectrograms
 
 EPS = np.float32(1e-6)
@@ -135,7 +139,7 @@ def test_sums_beyond_24_bits_are_exact():
     x = QTensor(torch.full((1, 2 * n, 1, 2), 127, dtype=torch.int8), 1.0, -128)
     x.values[..., 1] -= 1
     layer = IntConv(weight, torch.ones(1), torch.zeros(1, dtype=torch.float16), (1, 1), (0, 0), 1, (4.0, 0), None)
-    assert 255 * int(weight.abs().int().sum()) > integer.EXACT_FLOAT32
+    assert 255 * int(weight.abs().int().sum()) > EXACT_FLOAT32
     assert layer(x).values.flatten().tolist() == [64, 64]  # 255 and 254 quarters, 63.75 and 63.5
 
 
@@ -353,7 +357,7 @@ def test_every_converted_layer_gives_the_levels_of_the_fake_quantized_one(config
     converted = convert(ready)
     calls = []
     for name, module in ready.named_modules():
-        if isinstance(module, Switches) and hasattr(module, "convert"):
+        if isinstance(module, Rounding) and hasattr(module, "convert"):
             module.register_forward_hook(lambda _module, inputs, y, name=name: calls.append((name, inputs, y)))
     with torch.no_grad():
         logits = ready(x)

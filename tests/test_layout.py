@@ -71,17 +71,16 @@ def test_no_module_needs_itself():
 
 
 # Where a single network, front end, loss or augmentation may be named: its own files, and the tables.
-LAYERS = ("models/quantized.py", "models/integer.py", "models/xnnpack.py")
 PARTS = {
     "models": {
-        r"cp_?mobile": ("models/cp_mobile.py", "models/__init__.py", *LAYERS),
+        r"cp_?mobile": ("models/cp_mobile.py", "models/__init__.py"),
         r"cp_?resnet": ("models/cp_resnet.py", "models/__init__.py", "models/published.py"),
         r"^passt$|^Passt[A-Z]|models\.passt": ("models/passt.py", "models/__init__.py", "models/published.py"),
         r"^beats(_\w+)?$|^Beats|models\.beats": ("models/beats.py", "models/beats_checkpoint.py", "models/__init__.py"),
     },
     "models/frontends": {
         r"cp_?mel": (
-            "models/frontends/cp_mel.py", "models/frontends/cp_mel_export.py", "models/__init__.py", *LAYERS,
+            "models/frontends/cp_mel.py", "models/frontends/cp_mel_export.py", "models/__init__.py",
             "models/cp_resnet.py", "models/passt.py",  # whose default it is
         ),
         r"kaldi_?fbank": ("models/frontends/kaldi_fbank.py", "models/beats.py", "models/__init__.py"),

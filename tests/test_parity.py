@@ -4,8 +4,9 @@ from torch import nn
 
 from helpers.export.parity import compare, integer_tolerance
 from helpers.quantization import calibrate, convert, overflowing_layers, prepare
-from models.integer import IntConv
-from models.quantized import QuantConfig, count_overflows, limit_pairs
+from models.layers.conv_unit import IntConv
+from models.layers.core import QuantConfig
+from models.layers.weights import count_overflows, limit_pairs
 from tests.golden_inputs import wave
 from tests.test_quantization import network
 
@@ -48,7 +49,7 @@ def test_limited_networks_have_no_sum_that_saturates(limit, quantize_input):
     for i, parameter in enumerate(model.parameters()):  # pairs of large weights, as training makes them
         if parameter.ndim == 4:
             parameter.data = parameter.data.abs() + wave(tuple(parameter.shape), str(i), 0.02)
-    ready = prepare(model, QuantConfig(limit_pairs=limit, quantize_input=quantize_input))
+    ready = prepare(model, QuantConfig(limit_pairs=limit, quantize_input=quantize_input), wave((1, 1, 32, 16), "x"))
     calibrate(ready, lambda: [wave((2, 1, 32, 16), "x")], "minmax")
     integers = convert(ready)
     layers = [name for name, _ in overflowing_layers(integers)]

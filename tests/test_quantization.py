@@ -20,8 +20,10 @@ from helpers.quantization import (
     switch,
 )
 from models import FRONTENDS, MODELS, get_frontend, get_model
-from models.blocks import ConvUnit, GlobalMean
-from models.quantized import QuantConfig, ResponseQuantizer, Switches
+from models.layers.conv_unit import ConvUnit
+from models.layers.core import QuantConfig, Rounding
+from models.layers.global_mean import GlobalMean
+from models.layers.response_norm import ResponseQuantizer
 from tests.golden_inputs import fill_state, wave
 
 SMALL = {"base_channels": 8, "channels_multiplier": 1.6, "expansion_rate": 2.0, "n_blocks": (2, 1)}
@@ -54,8 +56,10 @@ def spectrograms(n_clips=8, n_channels=1) -> torch.Tensor:
 
 
 def prepared(model=None, config=CONFIG, method="minmax") -> nn.Module:
-    model = prepare(network() if model is None else model, config)
-    calibrate(model, lambda: [spectrograms(n_channels=model.config.in_channels)], method)
+    model = network() if model is None else model
+    x = spectrograms(n_channels=model.config.in_channels)
+    model = prepare(model, config, x[:1])
+    calibrate(model, lambda: [x], method)
     return model.eval()
 
 
@@ -79,7 +83,7 @@ def test_prepared_networks_keep_weights_and_names_and_compute_the_same_without_r
     before = state_of(model)
     ready = prepared(model)
     assert_same_state(model, before)
-    assert not any(isinstance(module, Switches) for module in model.modules())
+    assert not any(isinstance(module, Rounding) for module in model.modules())
     ours = ready.state_dict()
     assert {name for name in ours if name not in before} == {
         f"{name}.{entry}" for name, _ in quantizers(ready) for entry in ("low", "high")
@@ -99,24 +103,24 @@ def test_rounding_comes_back_after_an_error():
     ready = prepared()
     with pytest.raises(RuntimeError, match="stop"), rounding_off(ready):
         raise RuntimeError("stop")
-    assert all(module.rounding for module in ready.modules() if isinstance(module, Switches))
+    assert all(module.rounding for module in ready.modules() if isinstance(module, Rounding))
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_preparing_keeps_the_mode(training):
     model = network().train(training)
-    assert {module.training for module in prepare(model, QuantConfig()).modules()} == {training}
+    assert {module.training for module in prepare(model, CONFIG, spectrograms(1)).modules()} == {training}
 
 
 def test_preparing_an_eval_network_lets_nothing_learn():
-    ready = prepare(network().eval(), QuantConfig())
+    ready = prepare(network().eval(), CONFIG, spectrograms(1))
     before = state_of(ready)
     ready(spectrograms())
     assert_same_state(ready, before)
 
 
 def test_prepared_networks_stay_on_their_device():
-    ready = prepare(network().to("meta"), QuantConfig())
+    ready = prepare(network().to("meta"), CONFIG, spectrograms(1))
     assert {value.device.type for value in ready.state_dict().values()} == {"meta"}
 
 
@@ -126,7 +130,7 @@ def test_prepared_networks_stay_on_their_device():
 def test_a_gpu_gives_the_integers_of_the_cpu(quantize_input):
     config = QuantConfig(quantize_input=quantize_input)
     model, x = prepared(config=config), spectrograms()
-    on_gpu = prepare(network().cuda(), config)
+    on_gpu = prepare(network().cuda(), config, x[:1])
     calibrate(on_gpu, lambda: [x.cuda()], "minmax")
     on_gpu.train()(x.cuda()).sum().backward()
     on_gpu.load_state_dict(model.state_dict())
@@ -150,15 +154,15 @@ class WithLayer(nn.Module):
 
 def test_unknown_layers_are_named():
     with pytest.raises(QuantizationError, match=r"body\.1 \(GELU\)") as caught:
-        prepare(WithLayer(nn.GELU()), QuantConfig())
+        prepare(WithLayer(nn.GELU()), CONFIG, spectrograms(1))
     assert "\n" not in str(caught.value)
     with pytest.raises(QuantizationError, match="Sequential has no layer"):
-        prepare(nn.Sequential(nn.Linear(3, 2)), QuantConfig())
+        prepare(nn.Sequential(nn.GELU()), CONFIG, spectrograms(1))
 
 
 @pytest.mark.parametrize("layer", [nn.Identity(), nn.Dropout(0.5), nn.Sequential()], ids=str)
 def test_layers_that_hand_on_what_they_get_do_so_in_integers(layer):
-    ready = prepare(WithLayer(layer), QuantConfig())
+    ready = prepare(WithLayer(layer), CONFIG, spectrograms(1))
     calibrate(ready, lambda: [spectrograms()], "minmax")
     ready.eval()
     x = spectrograms()
@@ -337,7 +341,7 @@ def test_conversion_leaves_the_prepared_network_alone():
         assert [type(module) for module in ready.modules()] == classes
         assert {module.training for module in ready.modules()} == {training}
         assert not list(converted.parameters())
-        assert not any(isinstance(module, Switches) for module in converted.modules())
+        assert not any(isinstance(module, Rounding) for module in converted.modules())
         assert not converted.training
         with rounding_off(ready):
             x = spectrograms()
@@ -361,7 +365,7 @@ def test_the_float_network_within_is_a_network_of_its_own():
     train_steps(ready, 1)
     plain, x = float_network(ready), spectrograms()
     assert type(plain) is type(network()) and not plain.training
-    assert not any(isinstance(module, Switches) for module in plain.modules())
+    assert not any(isinstance(module, Rounding) for module in plain.modules())
     with rounding_off(ready.eval()):
         torch.testing.assert_close(plain(x), ready(x), rtol=0, atol=1e-4)
     before = state_of(ready)
@@ -385,7 +389,7 @@ def test_layers_that_compute_in_float_are_named():
 def test_the_published_network_keeps_its_decisions_on_real_clips(shared, method, config):
     model = load_model(shared(CHECKPOINT)).model
     clips = torch.load(shared("golden/cpjku_dcase23/checkpoint_real_clips.pt"), weights_only=True)
-    ready = prepare(model, config)
+    ready = prepare(model, config, clips["spec"][:1])
     calibrate(ready, lambda: clips["spec"].split(4), method)
     ready.eval()
     with torch.no_grad(), rounding_off(ready):

@@ -8,24 +8,20 @@ from torch import nn
 
 from helpers.checkpoints.checkpoint import load_model
 from helpers.quantization import calibrate
-from models.blocks import Add, AvgPool, ConvUnit, GlobalMean, fold
-from models.cp_mobile import ResponseNorm
-from models.quantized import (
-    ActivationQuantizer,
-    FakeAdd,
-    FakeAvgPool,
-    FakeConvUnit,
-    FakeGlobalMean,
-    FakeResponseNorm,
-    QuantConfig,
-    ResponseQuantizer,
-    weight_scale,
-)
+from models.layers.add import Add, FakeAdd
+from models.layers.avg_pool import AvgPool, FakeAvgPool
+from models.layers.conv_unit import ConvUnit, FakeConvUnit
+from models.layers.core import ActivationQuantizer, Place, QuantConfig
+from models.layers.fold import fold
+from models.layers.global_mean import FakeGlobalMean, GlobalMean
+from models.layers.response_norm import FakeResponseNorm, ResponseNorm, ResponseQuantizer
+from models.layers.weights import weight_scale
 from tests.golden_inputs import wave
 from tests.test_cp_mobile import inputs_of, model_of
 from tests.test_quantization import CHECKPOINT
 
 CONFIG = QuantConfig()
+FIRST, LATER = Place(reads_float=True), Place()
 
 
 @dataclass(frozen=True)
@@ -166,7 +162,7 @@ def test_weight_scales_are_half_floats_per_channel():
 @pytest.mark.parametrize("layout", [{}, {"stride": (2, 1)}, {"c_in": 8, "groups": 8}, {"kernel": 1}])
 def test_without_rounding_a_unit_is_the_float_unit(relu, layout):
     unit = unit_of(relu=relu, **layout)
-    fake = FakeConvUnit(copy.deepcopy(unit), CONFIG, True)
+    fake = FakeConvUnit(copy.deepcopy(unit), CONFIG, FIRST)
     fake.rounding = fake.output.rounding = False
     x = wave((4, unit[0].in_channels, 9, 7), "x")
     for mode in (True, False):
@@ -183,7 +179,7 @@ def test_without_rounding_a_unit_is_the_float_unit(relu, layout):
 @pytest.mark.parametrize("reduced_range", [False, True])
 def test_in_eval_mode_a_unit_is_a_convolution_with_rounded_folded_weights(reduced_range):
     unit, config = unit_of().eval(), QuantConfig(reduced_range=reduced_range, limit_pairs=False)
-    fake = FakeConvUnit(copy.deepcopy(unit), config, False).eval()
+    fake = FakeConvUnit(copy.deepcopy(unit), config, LATER).eval()
     x = wave((4, 6, 9, 7), "x")
     fake.output.rounding = False
     conv, _relu = fold(nn.Sequential(unit))[0][0]
@@ -199,7 +195,7 @@ def test_in_eval_mode_a_unit_is_a_convolution_with_rounded_folded_weights(reduce
 @pytest.mark.parametrize("mode", ["learning", "frozen", "eval"])
 def test_straight_through_gradients_are_those_of_the_float_unit(mode):
     unit = unit_of()
-    fake = FakeConvUnit(copy.deepcopy(unit), FineConfig(limit_pairs=False), False)
+    fake = FakeConvUnit(copy.deepcopy(unit), FineConfig(limit_pairs=False), LATER)
     fake.output.rounding = False
     unit.train(mode == "learning"), fake.train(mode != "eval")
     fake.norm_frozen = mode == "frozen"
@@ -215,7 +211,7 @@ def test_limited_pairs_round_alike_in_training_and_on_the_target_and_their_gradi
     unit = unit_of(kernel=1)
     with torch.no_grad():
         unit[0].weight[:, :2] = unit[0].weight[:, :2].abs().amax(dim=1, keepdim=True) + 1  # pairs that overflow
-    fake = ranged(FakeConvUnit(unit, CONFIG, False), wave((4, 6, 9, 7), "x")).eval()
+    fake = ranged(FakeConvUnit(unit, CONFIG, LATER), wave((4, 6, 9, 7), "x")).eval()
     fake.output.rounding = False
     target = fake.convert()
     x = wave((4, 6, 9, 7), "other")
@@ -230,7 +226,7 @@ def test_limited_pairs_round_alike_in_training_and_on_the_target_and_their_gradi
 
 def test_the_norm_learns_until_it_is_frozen():
     x = wave((4, 6, 9, 7), "x", 3.0)
-    fake = ranged(FakeConvUnit(unit_of(), CONFIG, False), x).train()
+    fake = ranged(FakeConvUnit(unit_of(), CONFIG, LATER), x).train()
     before = buffers(fake)
     fake(x)
     for name in ("1.running_mean", "1.running_var", "1.num_batches_tracked"):
@@ -244,11 +240,11 @@ def test_the_norm_learns_until_it_is_frozen():
 
 def test_ranges_behind_a_relu_spend_no_level_on_negative_values():
     x = wave((4, 6, 9, 7), "x")
-    fake = ranged(FakeConvUnit(unit_of(), CONFIG, False), x)
+    fake = ranged(FakeConvUnit(unit_of(), CONFIG, LATER), x)
     assert fake.output.low == 0
     assert fake.output.constants()[1] == -128
     assert fake(x).min() == 0
-    without = ranged(FakeConvUnit(unit_of(relu=False), CONFIG, False), x)
+    without = ranged(FakeConvUnit(unit_of(relu=False), CONFIG, LATER), x)
     assert without.output.low < 0
 
 
@@ -259,7 +255,7 @@ def test_switched_off_channels_are_their_bias_and_train(gain):
         unit[1].weight[2] = gain
         unit[1].bias[2] = 0.25
     x = wave((4, 6, 9, 7), "x")
-    fake = ranged(FakeConvUnit(unit, CONFIG, False), x).train()
+    fake = ranged(FakeConvUnit(unit, CONFIG, LATER), x).train()
     for _ in range(3):
         assert all(torch.isfinite(value).all() for value in gradients(fake, (x,)).values())
     y = fake.eval()(x)
@@ -274,7 +270,7 @@ def test_rounding_does_not_blow_up_the_gradient_of_a_nearly_switched_off_channel
     with torch.no_grad():
         unit[1].weight[2] = 1e-6  # its folded weights all round to 0
         unit[1].bias[2] = 0.25
-    fake = FakeConvUnit(copy.deepcopy(unit), CONFIG, False).train()
+    fake = FakeConvUnit(copy.deepcopy(unit), CONFIG, LATER).train()
     fake.output.rounding = False
     x = wave((4, 6, 9, 7), "x")
     ours, theirs = gradients(fake, (x,))["1.weight"][2], gradients(unit.train(), (x,))["1.weight"][2]
@@ -284,7 +280,7 @@ def test_rounding_does_not_blow_up_the_gradient_of_a_nearly_switched_off_channel
 def test_the_first_layer_is_that_of_the_published_int8_network(shared):
     model = load_model(shared(CHECKPOINT)).model
     guide = torch.load(shared("golden/cpjku_dcase23/checkpoint_int8_guide.pt"), weights_only=True)
-    unit = FakeConvUnit(model.in_c[0], QuantConfig(), True).eval()
+    unit = FakeConvUnit(model.in_c[0], QuantConfig(), FIRST).eval()
     unit.output.high.fill_(1)
     layer = unit.convert()
     theirs = torch.tensor(guide["first_conv_weight_int"], dtype=torch.float64).view(8, 1, 3, 3)
@@ -313,7 +309,7 @@ def response_norm(gamma: float, beta: float) -> ResponseNorm:
 @pytest.mark.parametrize(("gamma", "beta"), [(0.0, 0.0), (0.8, 0.2), (-0.3, 0.3), (2.1, -0.4), (-0.5, -1.1)])
 def test_response_norm_with_rounding_stays_near_the_float_layer(gamma, beta):
     layer = response_norm(gamma, beta)
-    fake = FakeResponseNorm(copy.deepcopy(layer), CONFIG, False)
+    fake = FakeResponseNorm(copy.deepcopy(layer), CONFIG, LATER)
     x = wave((3, 12, 8, 6), "x") * torch.linspace(0.2, 2, 12)[:, None, None]
     ranged(fake, x)
     y, expected = fake.eval()(x), layer.eval()(x)
@@ -337,7 +333,7 @@ def test_response_norm_with_rounding_stays_near_the_float_layer(gamma, beta):
 @pytest.mark.parametrize("beta", [-0.2, 0.0, 0.2])
 def test_response_norm_trains_on_silence(beta):
     x = torch.zeros(2, 4, 3, 3)
-    fake = ranged(FakeResponseNorm(response_norm(0.5, beta), CONFIG, False), x).train()
+    fake = ranged(FakeResponseNorm(response_norm(0.5, beta), CONFIG, LATER), x).train()
     for _ in range(2):
         assert all(torch.isfinite(value).all() for value in gradients(fake, (x,)).values())
     assert (fake.eval()(x) - max(beta, 0)).abs().max() <= 1e-3
@@ -347,8 +343,8 @@ def test_sums_and_pools_round_what_the_float_layers_give():
     x, y = wave((2, 4, 9, 7), "x"), wave((2, 4, 9, 7), "y")
     pool = AvgPool(4, 3, (2, 1), padding=1)
     for fake, layer, inputs in (
-        (FakeAdd(Add(), CONFIG, False), Add(), (x, y)),
-        (FakeAvgPool(pool, CONFIG, False), pool, (x,)),
+        (FakeAdd(Add(), CONFIG, LATER), Add(), (x, y)),
+        (FakeAvgPool(pool, CONFIG, LATER), pool, (x,)),
     ):
         expected = layer(*inputs)
         out = ranged(fake, *inputs)(*inputs)
@@ -361,4 +357,4 @@ def test_sums_and_pools_round_what_the_float_layers_give():
 
 def test_the_mean_over_the_logits_is_not_rounded():
     x = wave((3, 10, 4, 2), "x")
-    assert torch.equal(FakeGlobalMean(GlobalMean(), CONFIG, False)(x), x.mean(dim=(2, 3)))
+    assert torch.equal(FakeGlobalMean(GlobalMean(), CONFIG, LATER)(x), x.mean(dim=(2, 3)))

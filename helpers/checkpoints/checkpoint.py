@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from datasets.files import ContentError, check_content, matching, replacing
 from datasets.tau import SCENES, Meta
@@ -24,7 +24,7 @@ from helpers.errors import UserError
 from helpers.loop import NonFiniteLossError, Update
 from helpers.quantization import prepare
 from models import FRONTENDS, MODELS, default_frontend, get_frontend, get_model
-from models.quantized import QuantConfig
+from models.layers.core import QuantConfig
 from models.state_dicts import differences
 
 log = logging.getLogger(__name__)
@@ -252,11 +252,18 @@ def load_model(path: Path | str, network: tuple[str, Mapping[str, Any]] | None =
         except ForeignError as error:
             raise CheckpointError(str(error)) from error
     precision = parts.get("precision", "fp32")
-    model = build_part(parts["model"], MODELS, path, precision, parts.get("quantization")).eval()
+    frontend = build_part(parts["frontend"], FRONTENDS, path).eval()
+    example = None
+    if precision == "int8":
+        try:
+            example = frontend(torch.zeros(1, parts.get("clip_samples", frontend.sample_rate)))
+        except ValueError as error:
+            raise CheckpointError(f"{path} does not fit the front end it describes: {error}") from error
+    model = build_part(parts["model"], MODELS, path, precision, parts.get("quantization"), example).eval()
     scenes = tuple(parts["scenes"]) if parts is content else SCENES if model.config.n_classes == len(SCENES) else ()
     return LoadedModel(
         model=model,
-        frontend=build_part(parts["frontend"], FRONTENDS, path).eval(),
+        frontend=frontend,
         precision=precision,
         scenes=scenes,
         content=content,
@@ -281,8 +288,12 @@ def build_part(
     path: Path,
     precision: str = "fp32",
     quantization: Mapping[str, Any] | None = None,
+    example: Tensor | None = None,
 ) -> nn.Module:
     """Builds a network or front end from its description and loads its state strictly.
+
+    Args:
+        example: a spectrogram as the network reads it; needed for int8.
 
     Raises:
         CheckpointError: when name, config or state do not fit.
@@ -290,7 +301,10 @@ def build_part(
     try:
         built = (get_model if table is MODELS else get_frontend)(part["name"], **part["config"])
         if precision == "int8":
-            built = prepare(built, QuantConfig(**quantization))
+            stored = {name: part["state"][name] for name in built.state_dict() if name in part["state"]}
+            if what := differences(stored, built.state_dict()):  # before anything runs
+                raise ValueError(what)
+            built = prepare(built, QuantConfig(**quantization), example)
         elif precision == "fp16":
             built = built.half()
         if what := differences(part["state"], built.state_dict()):

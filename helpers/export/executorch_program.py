@@ -1,6 +1,7 @@
 """Writes networks as ExecuTorch programs (`.pte`) for phones and embedded Linux, and runs them. ExecuTorch is optional.
 
-XNNPACK gets the network as one graph, and ExecuTorch's portable kernels what XNNPACK lacks (`models/xnnpack.py`).
+XNNPACK gets the network as one graph, and ExecuTorch's portable kernels what XNNPACK lacks: see
+`models/layers/xnnpack.py`.
 """
 
 import errno
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from datasets.files import replacing
 from helpers.errors import ExportError
-from models.xnnpack import for_xnnpack
+from models.layers.xnnpack import for_xnnpack
 
 INSTALL = "pip install -r requirements-executorch.txt"
 METADATA = "metadata"  # name of the method that returns a file's metadata

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from helpers.complexity import peak_values
 from helpers.errors import ExportError
 from helpers.export.executorch_program import export_executorch
-from models.blocks import fold
+from models.layers.fold import fold
 
 WAVEFORM, LOG_MEL = "waveform", "log_mel"  # names of the two kinds of input
 

@@ -20,7 +20,7 @@ from onnxscript import opset20 as op
 from torch import Tensor, nn
 
 from datasets.files import replacing
-from models.integer import IntConv, IntSums
+from models.layers.conv_unit import IntConv
 
 DEPTHWISE_LANES = 16  # ONNX Runtime's depthwise int8 kernel takes so many channels at once, the rest one by one
 IR_VERSION = 9  # of the file format, the oldest for opset 20: ONNX Runtime 1.17 reads it
@@ -121,16 +121,11 @@ def pad_depthwise(model: nn.Module) -> nn.Module:
         for expand, depthwise, project in zip(layers, layers[1:], layers[2:], strict=False):
             if not all(isinstance(layer, IntConv) for layer in (expand, depthwise, project)):
                 continue
-            n = len(depthwise.weight)
-            extra = -n % DEPTHWISE_LANES
-            if depthwise.groups != n or expand.groups != 1 or project.groups != 1 or not extra:
+            extra = -len(depthwise.weight) % DEPTHWISE_LANES
+            if not depthwise.is_depthwise or expand.groups != 1 or project.groups != 1 or not extra:
                 continue
-            for layer in (expand, depthwise):
-                layer.weight = _append(layer.weight, extra, 0)
-                layer.weight_scale = torch.cat([layer.weight_scale, layer.weight_scale.new_ones(extra)])
-                layer.bias = torch.cat([layer.bias, layer.bias.new_zeros(extra)])
-            depthwise.groups += extra
-            project.weight = _append(project.weight, extra, 1)
+            for layer, dim in ((expand, 0), (depthwise, 0), (project, 1)):
+                layer.widen(extra, dim)
     return model
 
 
@@ -142,19 +137,13 @@ def fix_biases(model: nn.Module, example: Tensor) -> nn.Module:
     """
     hooks = [
         layer.register_forward_pre_hook(lambda layer, inputs: layer.fix_bias(*inputs))
-        for layer in model.modules() if isinstance(layer, IntSums)
+        for layer in model.modules() if hasattr(layer, "fix_bias")
     ]  # fmt: skip
     with torch.no_grad():
         model(example)
     for hook in hooks:
         hook.remove()
     return model
-
-
-def _append(weight: Tensor, n: int, dim: int) -> Tensor:
-    shape = list(weight.shape)
-    shape[dim] = n
-    return torch.cat([weight, weight.new_zeros(shape)], dim)
 
 
 def _use_global_pool(graph: onnx.GraphProto) -> None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.frontends.cp_mel import LOG_OFFSET, PREEMPHASIS, SCALE, SHIFT, CpMel
+from models.frontends.cp_mel_xnnpack import XnnMel
 
 # Weights (bands x bins) of one block of filters: larger blocks multiply more zeros, smaller ones are more operators.
 BLOCK_WEIGHTS = 4096
@@ -62,6 +63,9 @@ class CpMelExport(nn.Module):
         self._lay_out_filters(frontend.band_index, frontend.band_weight)
         self.stage2: Tensor | None
         self._keep("stage2", self._stage2() if store_matrices else None)
+
+    def for_xnnpack(self, _waveform: Tensor) -> XnnMel:
+        return XnnMel(self)
 
     def forward(self, waveform: Tensor) -> Tensor:
         if waveform.ndim != 2 or waveform.shape[1] != self.n_samples:

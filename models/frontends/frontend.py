@@ -5,7 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.blocks import Float32Constants
+
+class Float32Constants(nn.Module):
+    """A part that always computes in float32: `.double()` and `.half()` leave its constants as they are."""
+
+    def _apply(self, fn, recurse: bool = True):
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            now = getattr(self, name)
+            if now is not None and now.dtype != value.dtype:
+                setattr(self, name, value.to(now.device))
+        return self
 
 
 class Frontend(Float32Constants):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.blocks import Float32Constants
+from models.frontends.frontend import Float32Constants
 
 
 class Spectrogram(Float32Constants):

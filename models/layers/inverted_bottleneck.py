@@ -1,44 +1,44 @@
-"""CP-Mobile's widest training steps on a CPU with fewer passes over memory; the same functions, to rounding.
-
-On a CPU, batch norm, ReLU and response normalisation cost more than the convolutions, because each reads and writes the
-whole batch several times. Here the batch goes through the cache in chunks:
+"""Expansion, depthwise and projection as one block, with a fast step for training on a CPU.
 
 - `conv_norm_relu` (1x1 convolution, batch norm, ReLU): mean and variance of a linear map follow from the moments of its
   input, which is narrower, so the convolution's output is normalised in the moment it is computed and never stored.
 - `norm_relu_conv` (batch norm, ReLU, 1x1 convolution): what lies between is made again in the backward pass instead of
   being kept.
-- `response_norm_relu`: works clip by clip anyway, so forward and backward each need a single pass.
 
 Formulas: S. Ioffe, C. Szegedy, "Batch Normalization", ICML 2015, equations of its section 3, with z = W x put in.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules import module as module_state
 
-from models.blocks import ConvUnit
-
-CHUNK_VALUES = 1 << 17  # of the widest tensor, for each thread: a few such chunks fit a core's cache
-DTYPES = (torch.float32,)
-MIN_VALUES = 1 << 20  # of a smaller input, all tensors stay in the cache as it is
+from models.layers import chunks
+from models.layers.chunks import as_maps, as_rows, chunk_length, relu_backward
+from models.layers.conv_unit import ConvUnit
 
 
-def applies(x: Tensor) -> bool:
-    """Whether the chunked steps are of use for x (batch, channel, freq, time): training large batches on a CPU.
+class InvertedBottleneck(nn.Sequential):
+    """1x1 convolution to `width` channels, depthwise 3x3, 1x1 convolution to `c_out`; the last without a ReLU.
 
-    They compute in float32 and differentiate once; where something else is asked for, the plain layers do it.
+    Large training batches on a CPU take the chunked step, where the layers are as they were built.
     """
-    return (
-        x.device.type == "cpu"
-        and x.numel() >= MIN_VALUES
-        and x.dtype in DTYPES
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
-        and x.is_contiguous(memory_format=torch.channels_last)
-    )
+
+    def __init__(self, c_in: int, width: int, c_out: int, stride: int | Sequence[int] = 1):
+        super().__init__(
+            ConvUnit(c_in, width, 1),
+            ConvUnit(width, width, 3, stride, groups=width),
+            ConvUnit(width, c_out, 1, relu=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, channel, freq, time)
+        if not (self.training and chunks.applies(x) and are_plain(self)):
+            return super().forward(x)
+        expand, depthwise, project = self
+        y = conv_norm_relu(x, expand[0], expand[1])
+        y = norm_relu_conv(depthwise[0](y), depthwise[1], project[0])
+        return project[1](y)
 
 
 def are_plain(block: nn.Sequential) -> bool:
@@ -50,32 +50,24 @@ def are_plain(block: nn.Sequential) -> bool:
         return False
     kinds = [[type(layer) for layer in unit] for unit in units]
     wanted = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
-    if kinds != [wanted, wanted, wanted[:2]] or module_state._has_any_global_hook():
+    if kinds != [wanted, wanted, wanted[:2]] or chunks.has_global_hooks():
         return False
     (expand, norm1, _), (_, norm2, _), (project, _) = units
     return (
         all(_is_pointwise(conv) for conv in (expand, project))
         and all(_learns_statistics(norm) for norm in (norm1, norm2))
-        and not any(_is_altered(module) for module in block.modules())
+        and not any(chunks.is_altered(module) for unit in units for module in unit.modules())
     )
 
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.groups, conv.bias)
-    return shape == ((1, 1), (1, 1), (0, 0), 1, None) and conv.weight.dtype in DTYPES
+    return shape == ((1, 1), (1, 1), (0, 0), 1, None) and conv.weight.dtype in chunks.DTYPES
 
 
 def _learns_statistics(norm: nn.BatchNorm2d) -> bool:
-    return norm.training and norm.track_running_stats and norm.affine and norm.momentum is not None
-
-
-def _is_altered(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says."""
-    hooks = (
-        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
-    )  # fmt: skip
-    is_computed = "weight" in module._modules or (hasattr(module, "weight") and "weight" not in module._parameters)
-    return any(hooks) or is_computed or "parametrizations" in module._modules or "forward" in vars(module)
+    learns = norm.training and norm.track_running_stats and norm.affine and norm.momentum is not None
+    return learns and norm.weight.dtype in chunks.DTYPES
 
 
 def conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
@@ -99,36 +91,13 @@ def _update_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, n: int) 
     norm.running_var.lerp_(var * (n / (n - 1)), norm.momentum)
 
 
-def response_norm_relu(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-    """relu(x * (1 + gamma * n) + beta), n the norm over (freq, time) relative to its mean over the channels."""
-    return _ResponseNormRelu.apply(x, gamma, beta, eps)
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """(batch, channel, freq, time) in channels-last order as (row, channel), without a copy."""
-    return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def _as_maps(rows: Tensor, shape: torch.Size) -> Tensor:
-    """(row, channel) as (batch, channel, freq, time) in channels-last order, without a copy."""
-    return rows.view(shape[0], *shape[2:], -1).permute(0, 3, 1, 2)
-
-
-def _chunk_length(values_each: int) -> int:
-    return max(1, CHUNK_VALUES * torch.get_num_threads() // values_each)
-
-
-def _relu_backward(gradient: Tensor, output: Tensor) -> Tensor:
-    return torch.ops.aten.threshold_backward(gradient, output, 0)
-
-
 class _ConvNormRelu(torch.autograd.Function):
     """Returns the output, and mean and biased variance (channel,) of the convolution's output."""
 
     @staticmethod
     def forward(ctx, x, weight, gamma, beta, eps):
-        rows, weight = _as_rows(x), weight.flatten(1)  # (row, in), (out, in)
-        length = _chunk_length(len(weight))
+        rows, weight = as_rows(x), weight.flatten(1)  # (row, in), (out, in)
+        length = chunk_length(len(weight))
         mean_in = rows.mean(dim=0)
         cov_in = weight.new_zeros(rows.shape[1], rows.shape[1])
         for piece in rows.split(length):
@@ -147,20 +116,20 @@ class _ConvNormRelu(torch.autograd.Function):
         ctx.save_for_backward(rows, out, weight, mean_in, cov_in, scale, gain)
         ctx.shape = x.shape
         ctx.mark_non_differentiable(mean, var)
-        return _as_maps(out, x.shape), mean, var
+        return as_maps(out, x.shape), mean, var
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, _mean, _var):
         rows, out, weight, mean_in, cov_in, scale, gain = ctx.saved_tensors
-        n, length = len(rows), _chunk_length(len(weight))
+        n, length = len(rows), chunk_length(len(weight))
         folded = gain[:, None] * weight  # (out, in)
         grad_in = torch.empty_like(rows)
         grad_beta = torch.zeros_like(gain)
         with_input = torch.zeros_like(weight)  # (out, in): sum of gradient times input, then centred input
-        pieces = (tensor.split(length) for tensor in (rows, out, _as_rows(grad_out), grad_in))
+        pieces = (tensor.split(length) for tensor in (rows, out, as_rows(grad_out), grad_in))
         for piece, output, gradient, into in zip(*pieces, strict=True):
-            masked = _relu_backward(gradient, output)
+            masked = relu_backward(gradient, output)
             grad_beta += masked.sum(dim=0)
             with_input.addmm_(masked.t(), piece)
             torch.mm(masked, folded, out=into)
@@ -173,7 +142,7 @@ class _ConvNormRelu(torch.autograd.Function):
         constant = mean_in @ through_var.t() - (grad_beta / n) @ folded
         for piece, into in zip(rows.split(length), grad_in.split(length), strict=True):
             into.addmm_(piece, through_var.t(), alpha=-1).add_(constant)
-        return _as_maps(grad_in, ctx.shape), grad_weight[:, :, None, None], grad_gamma, grad_beta, None
+        return as_maps(grad_in, ctx.shape), grad_weight[:, :, None, None], grad_gamma, grad_beta, None
 
 
 class _NormReluConv(torch.autograd.Function):
@@ -181,8 +150,8 @@ class _NormReluConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gamma, beta, weight, eps):
-        rows, weight = _as_rows(x), weight.flatten(1)  # (row, in), (out, in)
-        length = _chunk_length(rows.shape[1])
+        rows, weight = as_rows(x), weight.flatten(1)  # (row, in), (out, in)
+        length = chunk_length(rows.shape[1])
         shift = rows[:length].mean(dim=0)  # near enough to the mean for the squares to lose no digits
         first, second = torch.zeros_like(shift), torch.zeros_like(shift)
         for piece in rows.split(length):
@@ -201,20 +170,20 @@ class _NormReluConv(torch.autograd.Function):
         ctx.save_for_backward(rows, weight, mean, scale, gain, offset)
         ctx.shape = x.shape
         ctx.mark_non_differentiable(mean, var)
-        return _as_maps(out, x.shape), mean, var
+        return as_maps(out, x.shape), mean, var
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, _mean, _var):
         rows, weight, mean, scale, gain, offset = ctx.saved_tensors
-        n, length = len(rows), _chunk_length(rows.shape[1])
+        n, length = len(rows), chunk_length(rows.shape[1])
         grad_in, grad_weight = torch.empty_like(rows), torch.zeros_like(weight)
         grad_beta, with_input = torch.zeros_like(gain), torch.zeros_like(gain)
-        pieces = (tensor.split(length) for tensor in (rows, _as_rows(grad_out), grad_in))
+        pieces = (tensor.split(length) for tensor in (rows, as_rows(grad_out), grad_in))
         for piece, gradient, into in zip(*pieces, strict=True):
             hidden = torch.addcmul(offset, piece, gain).relu_()
             grad_weight.addmm_(gradient.t(), hidden)
-            masked = _relu_backward(torch.mm(gradient, weight), hidden)
+            masked = relu_backward(torch.mm(gradient, weight), hidden)
             grad_beta += masked.sum(dim=0)
             with_input += torch.mul(piece, masked, out=hidden).sum(dim=0)
             torch.mul(masked, gain, out=into)
@@ -224,42 +193,4 @@ class _NormReluConv(torch.autograd.Function):
         constant = -gain * grad_beta / n - slope * mean
         for piece, into in zip(rows.split(length), grad_in.split(length), strict=True):
             into.addcmul_(piece, slope).add_(constant)
-        return _as_maps(grad_in, ctx.shape), grad_gamma, grad_beta, grad_weight[:, :, None, None], None
-
-
-class _ResponseNormRelu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, gamma, beta, eps):
-        maps = _as_rows(x).view(len(x), -1, x.shape[1])  # (batch, position, channel)
-        length = _chunk_length(maps[0].numel())
-        out, norm = torch.empty_like(maps), maps.new_empty(len(maps), 1, maps.shape[2])
-        for piece, into, norms in zip(maps.split(length), out.split(length), norm.split(length), strict=True):
-            torch.sum(piece * piece, dim=1, keepdim=True, out=norms).sqrt_()
-            response = norms / (norms.mean(dim=2, keepdim=True) + eps)
-            torch.addcmul(beta, piece, 1 + gamma * response, out=into).relu_()
-        ctx.save_for_backward(maps, out, norm, gamma)
-        ctx.eps, ctx.shape = eps, x.shape
-        return _as_maps(out.flatten(0, 1), x.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out):
-        maps, out, norm, gamma = ctx.saved_tensors
-        length = _chunk_length(maps[0].numel())
-        grad_in = torch.empty_like(maps)
-        grad_gamma, grad_beta = torch.zeros_like(gamma), torch.zeros_like(gamma)
-        gradients = _as_rows(grad_out).view_as(maps)
-        pieces = (tensor.split(length) for tensor in (maps, out, gradients, norm, grad_in))
-        for piece, output, gradient, norms, into in zip(*pieces, strict=True):
-            masked = _relu_backward(gradient, output)
-            grad_beta += masked.sum()
-            below = norms.mean(dim=2, keepdim=True) + ctx.eps
-            response = norms / below
-            by_response = (masked * piece).sum(dim=1, keepdim=True)  # (batch, 1, channel)
-            grad_gamma += (by_response * response).sum()
-            by_response = gamma * by_response
-            by_norm = (by_response - (by_response * response).mean(dim=2, keepdim=True)) / below
-            # The norm of a channel that is zero everywhere has no slope.
-            slope = torch.where(norms > 0, by_norm / norms, 0.0)
-            torch.mul(masked, 1 + gamma * response, out=into).addcmul_(piece, slope)
-        return _as_maps(grad_in.flatten(0, 1), ctx.shape), grad_gamma, grad_beta, None
+        return as_maps(grad_in, ctx.shape), grad_gamma, grad_beta, grad_weight[:, :, None, None], None
