@@ -15,18 +15,24 @@ from models.layers.avg_pool import AvgPool, FakeAvgPool
 from models.layers.conv_unit import ConvUnit, FakeConv, FakeConvUnit
 from models.layers.core import FakeLayer
 from models.layers.global_mean import FakeGlobalMean, GlobalMean
+from models.layers.linear import FakeLinear
+from models.layers.max_pool import FakeMaxPool
+from models.layers.relu import FakeRelu
 from models.layers.response_norm import FakeResponseNorm, ResponseNorm
 
 # float layer -> fake-quantized layer
 KINDS: dict[type[nn.Module], type[FakeLayer]] = {
     ConvUnit: FakeConvUnit,
     nn.Conv2d: FakeConv,  # with the BatchNorm2d that alone reads it
+    nn.Linear: FakeLinear,
     Add: FakeAdd,
     AvgPool: FakeAvgPool,
     nn.AvgPool2d: FakeAvgPool,
+    nn.MaxPool2d: FakeMaxPool,
     GlobalMean: FakeGlobalMean,
     nn.AdaptiveAvgPool2d: FakeGlobalMean,
     ResponseNorm: FakeResponseNorm,
+    nn.ReLU: FakeRelu,  # where it is not part of the layer before it
 }
 # Layers that hand activations on and need no other form: dropouts are gone on the target.
 HAND_ON = (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d)
