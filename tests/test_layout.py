@@ -80,7 +80,7 @@ PARTS = {
     },
     "models/frontends": {
         r"cp_?mel": (
-            "models/frontends/cp_mel.py", "models/frontends/cp_mel_export.py", "models/__init__.py",
+            "models/frontends/cp_mel", "models/__init__.py",
             "models/cp_resnet.py", "models/passt.py",  # whose default it is
         ),
         r"kaldi_?fbank": ("models/frontends/kaldi_fbank.py", "models/beats.py", "models/__init__.py"),

@@ -13,6 +13,7 @@ import torchaudio
 from torch import Tensor, nn
 
 import run_export
+import run_qat
 import run_training
 from datasets.waveforms import Batch
 from helpers.augment import AUGMENTATIONS
@@ -202,3 +203,15 @@ def test_the_run_keeps_a_recipe_that_gives_the_same_run(here):
     run_training.main(["--config", "DCASE23_Task1/one/config.yaml", "--run_id", "two"])
     one, two = weights("one"), weights("two")
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_they_run_in_8_bits(here):
+    """Depthwise and pointwise convolutions, norm, ReLU, mean and linear head are found where they stand."""
+    run_training.main([*OPTIONS, "--n_epochs", "1", "--run_id", "float"])
+    data = [word for word in OPTIONS[OPTIONS.index("--dataset_dir") :] if word not in ("--warm_up_len", "0")]
+    options = [*data, "--loss", "focal", "--augment", "gain", "--n_epochs", "2", "--freeze_params_epochs", "1"]
+    run_qat.main([*options, "--wandb_id", "float", "--run_id", "int8"])
+    last = "DCASE23_Task1/int8/checkpoints/last.pt"
+    assert run_export.main(["--checkpoint", last, "--latency_rounds", "0", "--n_clips", "8"]) == 0
+    names = {path.name for path in Path("DCASE23_Task1/int8/export").iterdir()}
+    assert {"network_int8.onnx", "waveform_int8.onnx", "waveform_fp32.onnx"} <= names
