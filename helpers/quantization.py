@@ -44,7 +44,8 @@ class HalfPrecision(nn.Module):
         self.model = model.half()
 
     def forward(self, log_mel: Tensor) -> Tensor:
-        return self.model(log_mel.half()).float()
+        dtype = next(self.model.parameters()).dtype  # a float32 copy of this is run to see how data flows
+        return self.model(log_mel.to(dtype)).float()
 
 
 def prepare(model: nn.Module, config: QuantConfig, example: Tensor) -> nn.Module:

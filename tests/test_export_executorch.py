@@ -61,7 +61,7 @@ def test_the_program_gives_the_logits_of_the_integer_network(int8):
     log_mel = torch.cat([spectrograms(24), spectrograms(24).flip(3)])
     expected, logits = model(log_mel), ee.run_program(path, log_mel)
     difference = (logits - expected).abs().amax(dim=1)
-    # All but the mean of the logits is integers; a sum near the middle of two levels may go the other way (xnnpack.py).
+    # All but the mean of the logits is integers; a sum near the middle of two levels may go the other way.
     assert (difference < 1e-5).float().mean() > 0.8
     assert difference.max() < 0.1 * (expected.max() - expected.min())
     assert torch.equal(logits.argmax(dim=1), expected.argmax(dim=1))

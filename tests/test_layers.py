@@ -17,6 +17,7 @@ from torch.nn.utils import prune
 
 from helpers.checkpoints.checkpoint import load_model, save_checkpoint
 from helpers.complexity import measure
+from helpers.export.files import write_onnx
 from helpers.export.onnx_file import export_onnx, pad_depthwise
 from helpers.export.parity import compare, integer_tolerance
 from helpers.quantization import (
@@ -25,6 +26,7 @@ from helpers.quantization import (
     convert,
     float_layers,
     float_network,
+    for_target,
     freeze,
     overflowing_layers,
     prepare,
@@ -215,6 +217,18 @@ def test_training_learns_everything_and_freezing_stops_the_norms(cls):
     assert type(plain) is cls
     with rounding_off(ready):
         torch.testing.assert_close(plain(x), ready(x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("cls", NETWORKS.values(), ids=NETWORKS)
+def test_float_files_hold_no_norm(cls, precision, tmp_path):
+    frontend = get_frontend("cp_mel", sample_rate=8000, win_length=512, hop_length=350, n_fft=512, n_mels=24).eval()
+    model, x = build(cls), clips()
+    scenes = [f"scene {i}" for i in range(10)]
+    target = for_target(model, precision)
+    path = write_onnx(target, frontend, scenes, 8400, precision, False, tmp_path / "network.onnx")
+    assert not any(node.op_type == "BatchNormalization" for node in onnx.load(path).graph.node)
+    torch.testing.assert_close(run(path, x, False), target(x), rtol=0, atol={"fp32": 1e-4, "fp16": 2e-2}[precision])
 
 
 def run(path, x: Tensor, exact: bool, optimised_path: str = "") -> Tensor:

@@ -108,7 +108,7 @@ def test_an_average_pool_is_a_convolution(rng):
 
 
 def test_biases_are_whole_numbers_of_steps(rng):
-    # ExecuTorch multiplies by one over the step where integer.py divides: biases between two steps could go either way.
+    # ExecuTorch multiplies by one over the step where `IntSums` divides: biases between two steps could go either way.
     n = 20000
     step = torch.from_numpy(rng.uniform(1e-5, 1e-3, n)).float() * 0.03
     bias = (torch.from_numpy(rng.integers(-5000, 5000, n)).float() + 0.5) * step

@@ -93,7 +93,7 @@ def write_onnx(
     """
     from helpers.export.onnx_file import export_onnx  # slow to import, and not needed for --help
 
-    network = fold(network) if precision != "int8" else network
+    network = fold(network, example_input(frontend, n_samples, False)) if precision != "int8" else network
     model = whole(network, frontend, n_samples) if with_frontend else network
     metadata = describe_file(frontend, scenes, n_samples, precision)
     example = example_input(frontend, n_samples, with_frontend)
@@ -105,7 +105,7 @@ def write_executorch(
     with_frontend: bool, path: Path,
 ) -> Path:  # fmt: skip
     """Writes one ExecuTorch program for one clip; arguments as `write_onnx`."""
-    network = fold(network) if precision != "int8" else network
+    network = fold(network, example_input(frontend, n_samples, False)) if precision != "int8" else network
     model = whole(network, frontend, n_samples, store_matrices=True) if with_frontend else network
     metadata = describe_file(frontend, scenes, n_samples, precision)
     return export_executorch(model, example_input(frontend, n_samples, with_frontend), path, metadata)
