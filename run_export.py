@@ -122,8 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.enforce_limits:
         enforce_limits(report, "fp16" if loaded.precision == "fp16" else "int8")
 
+    waveform, devices = parity_clips(args, loaded, n_samples)  # what is wrong with them is told before any file
     files = write_files(args, loaded, networks, precisions, n_samples, out_dir)
-    waveform, devices = parity_clips(args, loaded, n_samples)
     comparisons = compare_forms(loaded, networks, files, waveform, devices)
     text = parity.table(comparisons)
     if "int8" in precisions:

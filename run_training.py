@@ -38,7 +38,7 @@ from helpers.data import (
     place_on_device,
 )
 from helpers.loop import Update, check_shapes, evaluate, train_one_epoch
-from helpers.machine import compiled, open_machine
+from helpers.machine import open_machine
 from helpers.options import (
     add_compute_options,
     add_optimisation_options,
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             enforce_limits(measure_second(model, frontend))
         model, frontend = machine.take(model), frontend.to(machine.device)
         check_shapes(model, frontend, data.store.n_samples, machine.device)
-    forward = compiled(parser, model, machine.device) if args.compile else model
+    forward = machine.compile(model) if args.compile else model
     update = Update(build_optimizer(args, model), machine, args.precision, args.accumulate)
     subject = Subject(model, frontend, data, data_digests(data) | chain_digests(augment))
 

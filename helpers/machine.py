@@ -9,7 +9,12 @@ import torch
 from torch import nn
 
 from helpers.distributed import ALONE, Processes, join_processes, local_rank
+from helpers.errors import UserError
 from helpers.memory import keep_freed_memory
+
+
+class CompilerError(UserError):
+    """There is no compiler; one line that says which."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,20 @@ class Machine:
     n_ahead: int = 1
     channels_last: bool = True
     processes: Processes = ALONE
+
+    def compile(self, model: nn.Module) -> nn.Module:
+        """The network for --compile.
+
+        Raises:
+            CompilerError: when there is no compiler to write its code for.
+        """
+        is_gpu = self.device.type == "cuda"
+        variable, compilers = ("CC", ("gcc", "clang", "cc")) if is_gpu else ("CXX", ("g++", "clang++"))
+        names = [os.environ[variable]] if os.environ.get(variable) else compilers
+        if not any(shutil.which(name) for name in names):
+            found = f"{' or '.join(names)} was not found"
+            raise CompilerError(f"--compile needs a compiler, {found}: install one, or leave it away")
+        return torch.compile(model, mode="reduce-overhead" if is_gpu else None)
 
     def share(self, model: nn.Module) -> nn.Module:
         """The network whose backward pass averages the gradients over the processes."""
@@ -84,15 +103,3 @@ def torch_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         parser.error(f"--torch_device {name}: {torch.cuda.device_count()} CUDA GPUs were found; use auto or cpu")
     return device
-
-
-def compiled(parser: argparse.ArgumentParser, model: nn.Module, device: torch.device) -> nn.Module:
-    """The network for --compile; ends with the parser's error where there is no compiler to write its code for."""
-    if device.type == "cuda":
-        variable, compilers = "CC", ("gcc", "clang", "cc")
-    else:
-        variable, compilers = "CXX", ("g++", "clang++")
-    names = [os.environ[variable]] if os.environ.get(variable) else compilers
-    if not any(shutil.which(name) for name in names):
-        parser.error(f"--compile needs a compiler, {' or '.join(names)} was not found: install one, or leave it away")
-    return torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)

@@ -20,10 +20,12 @@ import run_teacher_logits
 import run_teacher_validation
 import run_training
 from datasets.files import ContentError
-from helpers import cli, machine
+from helpers import cli
 from helpers.augment import AUGMENTATIONS
 from helpers.data import DataConfig
+from helpers.errors import UserError
 from helpers.losses import LOSSES
+from helpers.machine import Machine
 from helpers.parts import Parts
 from helpers.schedule import SCHEDULES
 from models import FRONTENDS, MODELS
@@ -159,12 +161,11 @@ def test_what_no_one_means_is_one_line(capsys, arguments, message):
     assert message in outcome(arguments, capsys)
 
 
-def test_compile_without_a_compiler_is_one_line(parser, monkeypatch, capsys):
+def test_compile_without_a_compiler_is_one_line(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(SystemExit):
-        machine.compiled(parser, torch.nn.Identity(), torch.device("cpu"))
-    assert "--compile needs a compiler, g++ or clang++ was not found" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"--compile needs a compiler, g\+\+ or clang\+\+ was not found"):
+        Machine().compile(torch.nn.Identity())
 
 
 @pytest.mark.parametrize(

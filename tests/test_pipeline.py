@@ -15,7 +15,7 @@ SMALLER = {
     "run_teacher_logits": [],
     "run_training": [*FRONTEND, *TRAINING, "--fmax_aug_range", "200", "--base_channels", "8"],
     "run_qat": [*TRAINING, "--freeze_params_epochs", "1"],
-    "run_export": ["--latency_rounds", "0"],
+    "run_export": ["--latency_rounds", "0", "--inputs", "network"],
 }
 
 

@@ -46,10 +46,10 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
 
 
-def commands() -> list[list[str]]:
+def commands(block: str) -> list[list[str]]:
     """The words of every command, with shell variables put in."""
     found, variables = [], {}
-    for line in "".join(blocks("")).splitlines():
+    for line in block.splitlines():
         if named := re.fullmatch(r'([A-Z]+)="(.*)"', line):
             variables[named[1]] = named[2]
         elif line.split(" ")[0] in ("python", "python3", ".venv/bin/python", ".venv/bin/ruff", "torchrun", "make"):
@@ -112,9 +112,16 @@ def run(script: str, options: list[str]) -> None:
     assert not isinstance(result, int) or result == 0
 
 
-def test_every_command_runs(here):
-    n_run = 0
-    for words in commands():
+def test_there_are_commands():
+    assert sum(len(commands(block)) for block in blocks("")) >= 30
+
+
+WITH_COMMANDS = [block for block in blocks("") if commands(block)]
+
+
+@pytest.mark.parametrize("block", WITH_COMMANDS, ids=[block.split("\n")[0][:40] for block in WITH_COMMANDS])
+def test_every_command_runs(here, block):
+    for words in commands(block):
         if " ".join(words[:3]).startswith(tuple(ELSEWHERE)):
             continue
         if words[0] == "make":
@@ -131,8 +138,6 @@ def test_every_command_runs(here):
             torch.set_num_threads(n_threads)
         else:
             run(path.stem, words[2:])
-        n_run += 1
-    assert n_run >= 25
 
 
 def test_its_python_does_what_it_says(here, monkeypatch):
