@@ -136,13 +136,32 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: when it cannot be read.
-        ContentError: when it is no JSON, or nested beyond reason.
+        ContentError: when it is no JSON, or nested beyond reason, or no regular file.
     """
+    if path.exists() and not path.is_file():  # reading a pipe would wait for somebody to write
+        raise ContentError("no regular file")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ContentError(f"no JSON ({reason})") from error
+
+
+def read_state(path: Path, schema: Any) -> Any:
+    """What a JSON file of ours says about progress; None when it is missing or does not fit, which only costs time.
+
+    Args:
+        schema: as an entry of the schema of `check_content`.
+    """
+    try:
+        content = read_json(path)
+        check_content({"content": content}, {"content": schema})
+        return content
+    except FileNotFoundError:
+        return None
+    except (OSError, ContentError) as error:
+        log.warning("%s cannot be used (%s) and is ignored", path, error)
+        return None
 
 
 def check_content(content: Any, schema: Mapping[str, Any], where: str = "") -> None:

@@ -48,7 +48,7 @@ def test_a_downloaded_data_set_checks_and_caches(tau, tmp_path, monkeypatch, cap
 
 
 def test_an_unreachable_host_is_one_line_and_exit_status_2(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("helpers.fetch.download.time.sleep", lambda _seconds: None)
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)
     arguments = ["download", "--dataset_dir", tmp_path, "--zenodo_api", "http://127.0.0.1:9/api"]
     assert outcome(arguments, monkeypatch) == 2
     errors = capsys.readouterr().err.strip()

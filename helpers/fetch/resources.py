@@ -15,7 +15,8 @@ from datasets.tau import SUBSET_URL
 from datasets.teacher_logits import TEACHER_LOGITS_URL, is_logits, read_logits_file
 from datasets.torch_file import read_torch_file
 from helpers.checkpoints.foreign import recognise
-from helpers.fetch.download import UnreachableError, fetch, fetch_recorded
+from helpers.fetch.download import UnreachableError, fetch
+from helpers.fetch.recorded import fetch_recorded
 from models import get_model
 from models.published import RELEASE, TEACHERS, Teacher
 from models.state_dicts import differences

@@ -25,18 +25,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from datasets.files import locked, matching, write_json
+from datasets.files import locked, matching, read_state, write_json
 from helpers.fetch.download import (
-    MAX_ANSWER_BYTES,
     DownloadError,
     UnreachableError,
+    again,
+    backing_off,
     check_space,
     fetch,
     format_bytes,
     free_bytes,
     get,
-    read_state,
-    retry,
 )
 
 logger = logging.getLogger(__name__)
@@ -44,6 +43,7 @@ logger = logging.getLogger(__name__)
 ZENODO_API = "https://zenodo.org/api"
 # 24-bit audio hardly compresses: TAU22's archives unpack to about 1.1 times their size; the rest is margin
 UNPACKED_RATIO = 1.2
+MAX_ANSWER_BYTES = 2**24  # of the API
 MAX_BYTES = 10**15  # of a file; more is a damaged number
 NOTES = re.compile(
     r"\.zenodo_[^/]*(/.*)?|[^/]*\.part(\.json|\.lock)?|(.*/)?\.unpacking\.part", re.IGNORECASE | re.DOTALL
@@ -245,8 +245,10 @@ def _current_record(
 def fetch_json(url: str, *, n_tries: int = 5, backoff: float = 1.0) -> Any:
     """Asks a web API; returns the decoded answer. Raises DownloadError, with `status` where the server refused."""
 
+    retry = backing_off(n_tries, backoff)
+
     def ask() -> Any:
-        with get(url, {"Accept": "application/json"}) as response:
+        with get(url, {"Accept": "application/json"}, retry) as response:
             content = bytearray()
             for chunk in response.iter_content(2**16):
                 content += chunk
@@ -259,7 +261,7 @@ def fetch_json(url: str, *, n_tries: int = 5, backoff: float = 1.0) -> Any:
                 message = f"{url}: the answer is not JSON ({kind}); check the address and that no proxy replaces it"
                 raise DownloadError(message) from error
 
-    return retry(ask, n_tries, backoff)
+    return again(ask, retry)
 
 
 def extract_zip(archive: Path | str, root: Path | str, progress: bool = True) -> list[Path]:
