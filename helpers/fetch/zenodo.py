@@ -20,12 +20,13 @@ import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tqdm import tqdm
 
-from datasets.files import locked, matching, read_state, write_json
+from datasets.files import ContentError, check_content, locked, matching, read_state, write_json
 from helpers.fetch.download import (
     DownloadError,
     UnreachableError,
@@ -48,6 +49,21 @@ MAX_BYTES = 10**15  # of a file; more is a damaged number
 NOTES = re.compile(
     r"\.zenodo_[^/]*(/.*)?|[^/]*\.part(\.json|\.lock)?|(.*/)?\.unpacking\.part", re.IGNORECASE | re.DOTALL
 )
+# One file of a record, from Zenodo or from our notes; first of all no name that leads elsewhere.
+RECORD_FILE = {
+    "key": matching(lambda key: is_inside(key) and "/" not in key and not key.startswith("."), "must be a file name"),
+    "size": matching(lambda size: type(size) is int and 0 <= size <= MAX_BYTES, "must be a number of bytes"),
+    "md5": matching(lambda md5: re.fullmatch("[0-9a-f]{32}", md5) is not None, "must be 32 hexadecimal digits"),
+    "url": matching(lambda url: url.startswith(("http://", "https://")), "must be a web address"),
+}
+STAMP = {
+    "md5": str,
+    "delete_archive": bool,
+    "files": matching(
+        lambda files: all(is_inside(name) and type(size) is int for name, size in files.items()),
+        "must be sizes of files below the folder",
+    ),
+}
 # What zipfile raises for archives that are damaged.
 ZIP_ERRORS = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, ValueError, IndexError,
@@ -57,27 +73,12 @@ ZIP_ERRORS = (
 
 @dataclass(frozen=True)
 class RecordFile:
-    """One file of a record: name, size in bytes, published MD5 (hexadecimal), download address.
-
-    Raises:
-        ValueError: for what no record holds, first of all a name that leads elsewhere.
-    """
+    """One file of a record: name, size in bytes, published MD5 (hexadecimal), download address."""
 
     key: str
     size: int
     md5: str
     url: str
-
-    def __post_init__(self):
-        key = self.key
-        if not isinstance(key, str) or not is_inside(key) or PurePosixPath(key).name != key or key.startswith("."):
-            raise ValueError(f"unsafe file name {key!r:.200}")
-        if type(self.size) is not int or not 0 <= self.size <= MAX_BYTES:
-            raise ValueError(f"size {self.size!r:.200} of {key}")
-        if not isinstance(self.md5, str) or not re.fullmatch("[0-9a-f]{32}", self.md5):
-            raise ValueError(f"checksum {self.md5!r:.200} of {key}")
-        if not isinstance(self.url, str) or not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"address {self.url!r:.200} of {key}")
 
     @property
     def is_zip(self) -> bool:
@@ -89,13 +90,8 @@ class Plan:
     """What is left to do for a record, and the disk space it takes; sizes in bytes.
 
     Args:
-        record_id, root, keep_archives: as in `download_record`.
-        files: all files of the record.
-        todo: those not yet done.
-        n_download: still to be downloaded.
         n_unpacked: estimate of what unpacking will add, UNPACKED_RATIO per archive byte.
         n_needed: most disk space in use at any moment beyond what is in use now.
-        n_free: disk space free now.
     """
 
     record_id: int
@@ -128,14 +124,12 @@ def read_record(record_id: int, api: str = ZENODO_API, *, n_tries: int = 5, back
     url = f"{api.rstrip('/')}/records/{record_id}"
     try:
         answer = fetch_json(url, n_tries=n_tries, backoff=backoff)
+        files = _checked([_entry(item) for item in answer["files"]])
     except DownloadError as error:
         if error.status in (404, 410):
             message = f"{url}: Zenodo has no record {record_id} (any more); check the number at https://zenodo.org"
             raise DownloadError(message, error.status) from error
         raise
-    try:
-        files = [_record_file(entry) for entry in answer["files"]]
-        _check_distinct(files)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         message = f"{url}: the answer is not a Zenodo record with its files ({error!r}); check the address of the API"
         raise DownloadError(message) from error
@@ -144,10 +138,25 @@ def read_record(record_id: int, api: str = ZENODO_API, *, n_tries: int = 5, back
     return files
 
 
+def _entry(item: dict[str, Any]) -> dict[str, Any]:
+    """Takes one entry of Zenodo's list; any error means that it has not the form of one."""
+    links, md5 = item["links"], item["checksum"].lower()
+    url = links.get("content") or links["self"]  # where there are both, self describes the file and content is the file
+    return {"key": item["key"], "size": item["size"], "md5": md5.removeprefix("md5:"), "url": url}
+
+
+def _checked(entries: list[dict[str, Any]]) -> list[RecordFile]:
+    """Raises ContentError for what no record holds."""
+    check_content({"files": entries}, {"files": [RECORD_FILE]})
+    if len({entry["key"] for entry in entries}) < len(entries):
+        raise ContentError("two files of one name")
+    return [RecordFile(**{name: entry[name] for name in RECORD_FILE}) for entry in entries]
+
+
 def plan(record_id: int, files: Iterable[RecordFile], root: Path | str, keep_archives: bool = False) -> Plan:
     """Works out what is left to do and the disk space it needs. Writes nothing."""
     root, files = Path(root), tuple(files)
-    todo = _not_done(files, root, _state_dir(root, record_id))
+    todo = _not_done(files, root, root / f".zenodo_{record_id}")
     in_use = most = n_download = n_unpacked = 0
     for file in todo:  # the order of download_record
         here = _bytes_here(root / file.key)
@@ -192,7 +201,7 @@ def download_record(
             its checksum; an archive is damaged or unsafe; the record holds no meta.csv.
     """
     root = Path(root)
-    state = _state_dir(root, record_id)
+    state = root / f".zenodo_{record_id}"
     if state.is_symlink():
         raise DownloadError(
             f"{state} is a link, and progress is kept in a folder of that name; remove it and run again"
@@ -219,7 +228,7 @@ def download_record(
                 os.sync()  # the clips must be on the disk, not only in memory, before their archive goes
             names = {item.relative_to(root).as_posix(): item.stat().st_size for item in left}
             done = {"md5": file.md5, "delete_archive": file.is_zip and not keep_archives, "files": names}
-            write_json(_stamp(state, file), done)
+            write_json(state / f"{file.key}.done", done)
             _delete_archive(path, done)
         return _meta_folder(record_id, files, root, state)
 
@@ -303,15 +312,10 @@ def extract_zip(archive: Path | str, root: Path | str, progress: bool = True) ->
 
 def _safe_entries(opened: zipfile.ZipFile, archive: Path, root: Path) -> list[tuple[zipfile.ZipInfo, Path]]:
     """Pairs every entry with its place on disk; refuses the archive when one of them is unsafe."""
-    entries: dict[Path, zipfile.ZipInfo] = {}
-    notes = [info.filename for info in opened.infolist() if _is_note(info.filename)]
-    if notes:
-        logger.warning(
-            "%s: %d entries are notes about the progress of a download and are left out, first %r", archive, len(notes),
-            notes[0],
-        )  # fmt: skip
+    entries, notes = {}, []
     for info in opened.infolist():
-        if _is_note(info.filename):
+        if is_inside(info.filename) and NOTES.fullmatch(str(PurePosixPath(info.filename))):
+            notes.append(info.filename)
             continue
         name, kind = info.filename, stat.S_IFMT(info.external_attr >> 16)
         target = root / PurePosixPath(name)
@@ -331,11 +335,10 @@ def _safe_entries(opened: zipfile.ZipFile, archive: Path, root: Path) -> list[tu
     for folder in {target.parent for target in entries}:  # a link that already lies in root may lead out of it as well
         if not folder.resolve().is_relative_to(inside):
             raise DownloadError(f"{archive}: {folder} is a link that leads outside {root}; remove it and run again")
+    if notes:
+        what = "are notes about the progress of a download and are left out"
+        logger.warning("%s: %d entries %s, first %r", archive, len(notes), what, notes[0])
     return [(info, target) for target, info in entries.items()]
-
-
-def _is_note(name: str) -> bool:
-    return is_inside(name) and NOTES.fullmatch(str(PurePosixPath(name))) is not None
 
 
 def _is_unpacked(info: zipfile.ZipInfo, target: Path) -> bool:
@@ -377,75 +380,40 @@ def is_inside(name: str) -> bool:
     return bool(name) and not is_absolute and "\\" not in name and "\0" not in name and ".." not in name.split("/")
 
 
-def _record_file(entry: dict[str, Any]) -> RecordFile:
-    """Takes one entry of Zenodo's list; any error means that it has not the form of one."""
-    checksum, links = entry["checksum"], entry["links"]
-    if not checksum.startswith("md5:"):
-        raise ValueError(f"checksum {checksum!r:.200}")
-    url = links.get("content") or links["self"]  # where there are both, self describes the file and content is the file
-    return RecordFile(entry["key"], entry["size"], checksum.removeprefix("md5:").lower(), url)
-
-
-def _check_distinct(files: list[RecordFile]) -> None:
-    if len({file.key for file in files}) < len(files):
-        raise ValueError("two files of one name")
-
-
-def _state_dir(root: Path, record_id: int) -> Path:
-    return root / f".zenodo_{record_id}"
-
-
-def _stamp(state: Path, file: RecordFile) -> Path:
-    return state / f"{file.key}.done"
-
-
-STAMP = {
-    "md5": str,
-    "delete_archive": bool,
-    "files": matching(
-        lambda files: all(is_inside(name) and type(size) is int for name, size in files.items()),
-        "must be sizes of files below the folder",
-    ),
-}
+def _stored_record(state: Path) -> list[RecordFile] | None:
+    """The record's files as noted, checked like Zenodo's answer; None when that is missing or damaged."""
+    try:
+        return _checked(read_state(state / "record.json", [RECORD_FILE]) or []) or None
+    except ContentError as error:
+        logger.warning("%s is damaged (%s) and ignored", state / "record.json", error)
+        return None
 
 
 def _read_stamp(state: Path, file: RecordFile) -> dict[str, Any] | None:
     """What is noted of a file that is done; None when that is missing or damaged, which only costs doing it again."""
-    return read_state(_stamp(state, file), STAMP)
-
-
-def _stored_record(state: Path) -> list[RecordFile] | None:
-    """The record's files as noted, checked like Zenodo's answer; None when that is missing or damaged."""
-    path = state / "record.json"
-    stored = read_state(path, [{"key": str, "size": int, "md5": str, "url": str}]) or []
-    try:
-        files = [RecordFile(*(entry[name] for name in ("key", "size", "md5", "url"))) for entry in stored]
-        _check_distinct(files)
-        return files or None
-    except ValueError as error:
-        logger.warning("%s is damaged (%s) and ignored", path, error)
-        return None
+    return read_state(state / f"{file.key}.done", STAMP)
 
 
 def _not_done(files: Iterable[RecordFile], root: Path, state: Path) -> tuple[RecordFile, ...]:
     """Files without a stamp, or whose content is no longer on disk with its size."""
-    sizes: dict[str, dict[str, int]] = {}  # of the files in each folder: one listing for all archives that share it
-    return tuple(file for file in files if not _is_done(file, root, _read_stamp(state, file), sizes))
 
+    @cache  # one listing for all archives that share a folder
+    def sizes(folder: Path) -> dict[str, int]:
+        items = os.scandir(folder) if folder.is_dir() else []
+        return {item.name: item.stat().st_size for item in items if item.is_file()}
 
-def _is_done(file: RecordFile, root: Path, done: dict | None, sizes: dict[str, dict[str, int]]) -> bool:
-    if done is None or done["md5"] != file.md5:
-        return False
-    for name, size in done["files"].items():
-        folder, _, base = name.rpartition("/")
-        if folder not in sizes:
-            path = root / folder
-            items = os.scandir(path) if path.is_dir() else []
-            sizes[folder] = {item.name: item.stat().st_size for item in items if item.is_file()}
-        if sizes[folder].get(base) != size:
-            logger.info("%s is missing or has another size; its archive %s is needed again", root / name, file.key)
+    def is_done(file: RecordFile) -> bool:
+        done = _read_stamp(state, file)
+        if done is None or done["md5"] != file.md5:
             return False
-    return True
+        for name, size in done["files"].items():
+            folder, _, base = name.rpartition("/")
+            if sizes(root / folder).get(base) != size:
+                logger.info("%s is missing or has another size; its archive %s is needed again", root / name, file.key)
+                return False
+        return True
+
+    return tuple(file for file in files if not is_done(file))
 
 
 def _bytes_here(path: Path) -> int:
