@@ -102,7 +102,7 @@ def test_an_error_page_is_never_recorded(tmp_path, find, name, good):
     ids=["responses", "logits", "passt", "student"],
 )
 def test_without_a_network_the_place_and_the_option_are_named(tmp_path, monkeypatch, find, place, option):
-    monkeypatch.setattr("helpers.fetch.download.time.sleep", lambda _: None)
+    monkeypatch.setattr("time.sleep", lambda _: None)
     with pytest.raises(DownloadError, match=f"may be put at {tmp_path}/.*{place}.*{option}"):
         find(tmp_path, "http://127.0.0.1:9")
 
