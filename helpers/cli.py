@@ -1,6 +1,7 @@
 """Command lines: config dataclasses as option groups, and errors of the user as one line with exit status 2."""
 
 import argparse
+import gc
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ import yaml
 from datasets.files import ContentError
 from helpers.distributed import end_process, is_loss, leave_processes
 from helpers.errors import StoppedError, UserError
+from helpers.start import THRESHOLDS
 from models.bounds import MOST
 
 USAGE_ERROR = 2
@@ -244,6 +246,8 @@ class UnreadStream:
 
 def run(main: Callable[[list[str] | None], Any]) -> None:
     """Runs a script's main. What the user can mend ends in one line and exit status 2, not in a traceback."""
+    gc.freeze()
+    gc.set_threshold(*THRESHOLDS)
     # Of several processes, one prints.
     sys.stdout = open(os.devnull, "w", encoding="utf-8") if _is_other() else UnreadStream(sys.stdout)
     sys.stderr = UnreadStream(sys.stderr)

@@ -3,12 +3,19 @@
 OpenMP's threads that wait for each other spin for a moment and then sleep. By default libgomp's spin for long, and on a
 machine that has other work they take the cores from each other; those that sleep at once lose time on a quiet machine
 (benchmarks/busy_machine.py).
+
+Imports make hundreds of thousands of objects and no garbage: looking for some costs a third of their time. `cli.run`
+exempts them from every later search, and goes back to the usual thresholds.
 """
 
+import gc
 import os
 import sys
 
 SPIN_COUNT = 1000  # turns of libgomp's waiting loop
+THRESHOLDS = gc.get_threshold()
+
+gc.set_threshold(1_000_000)
 
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():  # unless the user chose
     os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
