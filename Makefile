@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIPELINE := pipeline/$(shell date +%Y%m%d-%H%M%S)
 SMALL := --dataset synthetic --project_name $(PIPELINE)
 
-.PHONY: train pipeline test lint clean
+.PHONY: train pipeline test test-fast lint clean
 
 train: .venv/run.stamp
 	$(BIN)/python run_training.py --dataset synthetic --n_epochs 15 --batch_size 64 --lr 0.003 --warm_up_len 2 --ramp_down_start 5 --ramp_down_len 9 --eval_every 5
@@ -20,7 +20,11 @@ pipeline: .venv/run.stamp
 	$(BIN)/python run_export.py $(SMALL) --wandb_id int8 --enforce_limits
 
 test: .venv/dev.stamp lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# What one core does while one works: all but scripts run end to end, files written and processes started.
+test-fast: .venv/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -q -m "not slow"
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -235,8 +235,7 @@ def parity_clips(args: argparse.Namespace, loaded: LoadedModel, n_samples: int) 
         index = torch.linspace(0, len(data.test) - 1, min(args.n_clips, len(data.test))).long()
         batch = data.test.batch(index).to(torch.device("cpu"))
         return batch.waveform, [data.meta.recording_devices[i] for i in batch.recording_device.tolist()]
-    waveform, devices = parity.generated_clips(rate, n_samples)
-    return waveform[: args.n_clips], devices[: args.n_clips]
+    return parity.generated_clips(rate, n_samples, args.n_clips)
 
 
 @torch.no_grad()

@@ -31,6 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--n_threads", type=int, default=1, help="of ONNX Runtime (default 1)")
     parser.add_argument("--n_rounds", type=int, default=500, help="runs of every file (default 500)")
     parser.add_argument("--quantize_input", action="store_true", help="the first convolution in integers too")
+    parser.add_argument("--inputs", nargs="+", choices=["network", "waveform"], default=["network", "waveform"],
+                        help="network: log-mel in; waveform: the front end is inside (default: both)")  # fmt: skip
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     if args.checkpoint:
@@ -48,14 +50,14 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files, inputs = [], []
         for precision, network in networks.items():
-            for with_frontend in (False, True):
-                path = Path(folder) / f"{'waveform' if with_frontend else 'network'}_{precision}.onnx"
-                files.append(write_onnx(network, frontend, scenes, rate, precision, with_frontend, path))
-                inputs.append(waveform if with_frontend else log_mel)
+            for kind in args.inputs:
+                path = Path(folder) / f"{kind}_{precision}.onnx"
+                files.append(write_onnx(network, frontend, scenes, rate, precision, kind == "waveform", path))
+                inputs.append(waveform if kind == "waveform" else log_mel)
         medians = parity.latencies(files, inputs, args.n_rounds, args.n_threads)
         print(f"{'file':22}{'bytes':>10}{'median ms':>12}{'of fp32':>10}")
         for i, (path, milliseconds) in enumerate(zip(files, medians, strict=True)):
-            ratio = milliseconds / medians[i % 2]
+            ratio = milliseconds / medians[i % len(args.inputs)]
             print(f"{path.name:22}{path.stat().st_size:>10,}{milliseconds:>12.2f}{ratio:>10.2f}")
 
 

@@ -68,6 +68,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--programs", type=int, default=2, help="busy programs beside it, one thread each")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, default=list(SIDES), help="which to compare (default: all)"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
@@ -80,12 +83,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     for n_programs in (0, args.programs):
         busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_programs)]
         try:
-            rounds = [{side: measure(side, argv) for side in SIDES} for _ in range(args.rounds)]
+            rounds = [{side: measure(side, argv) for side in args.sides} for _ in range(args.rounds)]
         finally:
             for process in busy:
                 process.kill()
                 process.wait()
-        for side in SIDES:
+        for side in args.sides:
             clips, cpu = (statistics.median(values) for values in zip(*(one[side] for one in rounds), strict=True))
             print(f"{f'{n_programs} busy programs':<18}{side:<10}{clips:>9.1f}{cpu:>9.2f}")
             results[f"{side} {n_programs}"] = clips

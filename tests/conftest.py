@@ -1,6 +1,8 @@
 """Shared fixtures: golden files, the material beside the repository (skipped where missing), and small data sets."""
 
+import copy
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,25 @@ def shared() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first: short ones then fill what is left of the time of several processes."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True)
+def empty_plots(request, monkeypatch) -> None:
+    """Reports with empty plots, whose drawing takes four fifths of a small run; not under the mark `plots`."""
+    if request.node.get_closest_marker("plots") is None:
+        monkeypatch.setattr("helpers.report.report.write_curves", lambda *arguments: arguments[-1].touch())
+        monkeypatch.setattr("helpers.report.report.write_confusion_matrix", lambda *arguments: arguments[-1].touch())
+
+
+def write_nothing(*arguments: Any) -> Path:
+    """In the place of `write_onnx`, most of the time of a small run, in tests that do not look at the file."""
+    arguments[-1].write_bytes(b"")
+    return arguments[-1]
 
 
 class TauFolder:
@@ -79,10 +100,19 @@ def make_tau(
     return folder
 
 
+@pytest.fixture(scope="session")
+def small_tau(tmp_path_factory) -> TauFolder:
+    root = tmp_path_factory.mktemp("small_tau") / "tau"
+    return make_tau(root, ["bus", "park", "tram"], ["a", "b", "s1", "s4", "s5"], ["a", "b", "s1"])
+
+
 @pytest.fixture
-def tau(tmp_path: Path) -> TauFolder:
-    """30 training and 45 test clips of the published scenes bus, park and tram."""
-    return make_tau(tmp_path / "tau", ["bus", "park", "tram"], ["a", "b", "s1", "s4", "s5"], ["a", "b", "s1"])
+def tau(small_tau: TauFolder, tmp_path: Path) -> TauFolder:
+    """A copy of its own of 27 training and 45 test clips of the published scenes bus, park and tram."""
+    folder = copy.deepcopy(small_tau)
+    folder.root = tmp_path / "tau"
+    shutil.copytree(small_tau.root, folder.root)
+    return folder
 
 
 @pytest.fixture

@@ -64,6 +64,7 @@ def test_matches_the_published_network(golden, index):
     torch.testing.assert_close(model(log_mel), case["logits_rel0"], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_matches_the_published_architecture(shared):
     cases = torch.load(shared("golden/easy_dcase_task1/beats.pt"), weights_only=True)["cases"]
     case = next(case for case in cases if case["config"]["encoder_layers"] == 12)

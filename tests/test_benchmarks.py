@@ -6,10 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SMALLEST = {
-    "artifact_latency": ["--n_rounds", "2"],
-    "busy_machine": ["--batch_size", "1", "--threads", "1", "--programs", "1", "--seconds", "0.1", "--rounds", "1"],
+    "artifact_latency": ["--n_rounds", "2", "--inputs", "network"],
+    "busy_machine": [
+        "--batch_size",
+        "1",
+        "--threads",
+        "1",
+        "--programs",
+        "1",
+        "--seconds",
+        "0.1",
+        "--rounds",
+        "1",
+        "--sides",
+        "brief",
+    ],
     "crops": ["--n_clips", "64", "--batch_size", "8", "--sample_rate", "800", "--rounds", "1"],
     "kaldi_fbank": ["--batch_size", "2", "--rounds", "1"],
     "passt_step": ["--batch_size", "1", "--depth", "1", "--rounds", "1"],

@@ -19,6 +19,8 @@ from datasets.cache import find_problem, open_store
 from datasets.store_spec import make_spec
 from datasets.tau import DataError, read_meta, segment_order
 
+pytestmark = pytest.mark.slow
+
 
 def open_quietly(root: Path, cache_path: Path, rate: int = 32000) -> cache.WaveformStore:
     return open_store(read_meta(root), rate, cache_path, progress=False)

@@ -15,6 +15,8 @@ from helpers.checkpoints import checkpoint
 from helpers.checkpoints.checkpoint import CheckpointError, describe, load_checkpoint, load_model, save_checkpoint
 from models import FRONTENDS, MODELS, get_frontend, get_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def content() -> dict:

@@ -31,6 +31,8 @@ from helpers.schedule import SCHEDULES
 from models import FRONTENDS, MODELS
 from models.bounds import bounded_fields
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 CONFIGS = [config for table in (MODELS, FRONTENDS, LOSSES, AUGMENTATIONS) for config, _ in table.values()]
 CONFIGS += [*SCHEDULES.values(), DataConfig]

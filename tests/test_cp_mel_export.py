@@ -15,6 +15,8 @@ from models.frontends.cp_mel import LOG_OFFSET, SCALE, SHIFT, CpMel
 from models.frontends.cp_mel_export import CpMelExport, split_frame, split_transform
 from tests.golden_inputs import clip
 
+pytestmark = pytest.mark.slow
+
 # name -> (options of the front end, samples)
 CONFIGS = {
     "default": ({}, 32000),

@@ -28,6 +28,8 @@ from helpers.fetch.download import DownloadError, fetch, free_bytes
 from helpers.fetch.recorded import fetch_recorded
 from tests.http_server import FileServer, Served
 
+pytestmark = pytest.mark.slow
+
 CONTENT = hashlib.sha256(b"a file of 300,000 bytes").digest() * 9375
 OTHER = hashlib.sha256(b"another version of it").digest() * 9375
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -12,6 +12,8 @@ from helpers.checkpoints.foreign import ForeignError, recognise
 from models import get_model
 from tests.golden_inputs import fill_state, wave
 
+pytestmark = pytest.mark.slow
+
 SMALL_PASST = {"embed_dim": 64, "depth": 2, "n_heads": 1}
 SMALL_BEATS = {
     "encoder_layers": 2, "encoder_embed_dim": 48, "encoder_ffn_embed_dim": 96, "encoder_attention_heads": 4,

@@ -16,6 +16,8 @@ from helpers.distributed import Heartbeat, Launch, LaunchError, keep, launched_a
 from helpers.runs import run as runs
 from tests.test_run_training import lines, options, outcome, responses, run_of, weights, without_times
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["options", "responses"]  # fixtures
 
 ENVIRONMENT = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "LOCAL_RANK": "0"}

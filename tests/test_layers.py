@@ -219,6 +219,7 @@ def test_training_learns_everything_and_freezing_stops_the_norms(cls):
         torch.testing.assert_close(plain(x), ready(x), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("cls", NETWORKS.values(), ids=NETWORKS)
 def test_float_files_hold_no_norm(cls, precision, tmp_path):
@@ -239,6 +240,7 @@ def run(path, x: Tensor, exact: bool, optimised_path: str = "") -> Tensor:
     return torch.from_numpy(session.run(None, {"log_mel": x.numpy()})[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CONFIG, QuantConfig(quantize_input=True)], ids=["default", "input too"])
 @pytest.mark.parametrize("cls", NETWORKS.values(), ids=NETWORKS)
 def test_onnx_runtime_gives_the_logits_of_the_integer_network(cls, config, tmp_path):
@@ -373,6 +375,7 @@ CONVOLUTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 def test_convolutions_of_every_form(layers, tmp_path):
     model = fill_state(Chain(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), *copy.deepcopy(layers))).eval()
@@ -561,6 +564,7 @@ ALLOWED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", ALLOWED.values(), ids=ALLOWED)
 def test_changes_of_shape_and_means_and_what_is_float_anyway_simply_work(compute, tmp_path):
     model, x = fill_state(Around(Computes(compute))).eval(), clips()

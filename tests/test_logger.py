@@ -17,6 +17,8 @@ import torch
 from helpers.runs import logger as logger_module
 from helpers.runs.logger import LOGGERS, RunLogger
 
+pytestmark = pytest.mark.slow
+
 
 def lines_of(run: RunLogger) -> list[dict]:
     return [json.loads(line) for line in (run.dir / "metrics.jsonl").read_text().splitlines()]

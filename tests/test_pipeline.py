@@ -6,7 +6,12 @@ import subprocess
 from pathlib import Path
 
 import onnxruntime
+import pytest
 import torch
+
+from tests.conftest import write_nothing
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 FRONTEND = ["--resample_rate", "8000", "--window_size", "256", "--hop_size", "125", "--n_fft", "512", "--n_mels", "32"]
@@ -27,6 +32,7 @@ def test_the_pipeline_runs_from_teacher_to_files(tau, tmp_path, monkeypatch):
     scripts = [Path(command[1]).stem for command in commands]
     assert scripts == ["run_training", "run_teacher_logits", "run_training", "run_qat", "run_export"]
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("run_qat.write_onnx", write_nothing)
     for name, (_python, _script, *options) in zip(scripts, commands, strict=True):
         options = [str(ROOT / word) if word.startswith("recipes/") else word for word in options]
         data = ["--dataset", "tau22", "--dataset_dir", str(tau.root), "--cache_path", str(tmp_path / "cache")]

@@ -19,10 +19,13 @@ import run_dataset
 from helpers import teachers
 from models import get_model
 from models.published import TEACHERS
+from tests.conftest import write_nothing
 from tests.golden_inputs import fill_state
 from tests.test_beats_checkpoint import checkpoint_of
 from tests.test_benchmarks import SMALLEST
 from tests.test_teacher_training import DATA, SMALL, SMALL_BEATS, make_project, work_in
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 # Run by whoever runs the tests, or by a test of their own.
@@ -36,7 +39,8 @@ SMALLER = {
     "run_training": [*DATA, *STUDENT],
     "run_qat": [*DATA[:-8], "--dir_prob", "0", "--batch_size", "8", "--n_epochs", "1", "--freeze_params_epochs", "1",
                 "--calibration_clips", "8", "--freqm", "8"],
-    "run_export": ["--latency_rounds", "0", "--n_clips", "8", "--clips", "tau/audio"],
+    "run_export": ["--latency_rounds", "0", "--n_clips", "8", "--clips", "tau/audio", "--precision", "fp32",
+                   "--inputs", "waveform"],
     "run_teacher_logits": ["--dataset", "tau22", "--dataset_dir", "tau", "--cache_path", "cache", "--batch_size", "8"],
     "run_teacher_validation": ["--logger", "none", "--dataset_dir", "tau", "--cache_path", "cache"],
 }  # fmt: skip
@@ -79,6 +83,7 @@ def here(project, tmp_path, monkeypatch) -> Path:
         torch.manual_seed(seed)
         torch.save(get_model("cp_resnet").state_dict(), f"{name}.pt")
     monkeypatch.setattr(teachers, "teacher_file", lambda name: folder / f"{name}.pt")
+    monkeypatch.setattr("run_qat.write_onnx", write_nothing)
     return folder
 
 
@@ -143,9 +148,7 @@ def test_every_command_runs(here, block):
 def test_its_python_does_what_it_says(here, monkeypatch):
     with_file, with_model = blocks("python")
     checkpoint = "DCASE23_Task1/student/checkpoints/last.pt"
-    importlib.import_module("run_export").main(
-        ["--checkpoint", checkpoint, "--out_dir", ".", *SMALLER["run_export"], "--precision", "fp32"]
-    )
+    importlib.import_module("run_export").main(["--checkpoint", checkpoint, "--out_dir", ".", *SMALLER["run_export"]])
     # The small data set has a rate of 8 kHz, and its student is not quantized.
     exec(with_file.replace("32000", "8000").replace("int8", "fp32"), {})
     names: dict = {}

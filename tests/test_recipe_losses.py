@@ -24,6 +24,8 @@ from helpers.checkpoints.checkpoint import describe, save_checkpoint
 from helpers.loop import Update
 from models import FRONTENDS, MODELS, get_frontend, get_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/golden/losses.txt"
 N_STEPS = 30

@@ -15,6 +15,8 @@ from helpers.report.report import (
     write_report,
 )
 
+pytestmark = [pytest.mark.plots, pytest.mark.slow]
+
 SCENES = ("airport", "bus", "street_pedestrian")
 
 

@@ -3,6 +3,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from helpers.data import DataConfig, load_data
 from helpers.fetch import resources
 from helpers.fetch.download import DownloadError
 from tests.http_server import FileServer, Served
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +164,7 @@ def test_data_efficient_splits_have_the_published_sizes(shared, tmp_path, monkey
             return np.arange(len(files))
 
     monkeypatch.setattr(data_module, "open_store", lambda *_, **__: NoAudio())
+    monkeypatch.setattr(data_module, "read_meta", cache(data_module.read_meta))  # seconds
     monkeypatch.setattr(data_module, "subset_file", lambda subset: tmp_path / f"split{subset}.csv")
     for subset, n_clips in ((5, 6_980), (25, 34_900), (100, 139_620)):
         parts = load_data(DataConfig(dataset_dir=str(root), subset=subset), 32000, seed=0)

@@ -1,5 +1,7 @@
 """Quantization and export as their users meet them: from a small trained run to files, killed, resumed, misused."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -24,8 +26,10 @@ from helpers.checkpoints.checkpoint import load_checkpoint, load_model
 from helpers.export.files import write_onnx
 from helpers.quantization import convert
 from helpers.runs.folder import trained_checkpoint
-from tests.conftest import make_tau
+from tests.conftest import make_tau, write_nothing
 from tests.golden_inputs import wave
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 DATA = ["--logger", "none", "--batch_size", "8", "--freqm", "8", "--roll", "400", "--dir_prob", "0"]
@@ -58,14 +62,22 @@ def here(project, tmp_path, monkeypatch) -> Path:
     shutil.copytree(project, tmp_path / "p")
     monkeypatch.chdir(tmp_path / "p")
     monkeypatch.delenv("TAU22_DIR", raising=False)
-    # Most of the time of so small a run; tests that look at the file put the real one back.
     monkeypatch.setattr(run_qat, "write_onnx", write_nothing)
     return tmp_path / "p"
 
 
-def write_nothing(*arguments) -> Path:
-    arguments[-1].write_bytes(b"")
-    return arguments[-1]
+@pytest.fixture(scope="module")
+def exported(project, tmp_path_factory) -> tuple[Path, int, str]:
+    """An own copy with the run `ptq` in 8 bits and its files; the exit status of run_export.py and what it printed."""
+    folder = tmp_path_factory.mktemp("exported") / "p"
+    shutil.copytree(project, folder)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.chdir(folder)
+        patch.setattr(run_qat, "write_onnx", write_nothing)
+        run_qat.main([*DATA, *COMMON, "--wandb_id", "small", "--ptq", "--run_id", "ptq"])
+        options = ["--wandb_id", "ptq", "--precision", "int8", "--latency_rounds", "3"]
+        status = run_export.main([*options, *COMMON])
+    return folder, status, printed.getvalue()
 
 
 COMMON = ["--dataset_dir", "tau", "--cache_path", "cache"]
@@ -138,8 +150,7 @@ def test_half_precision_is_written_and_scored(here):
     assert {value.dtype for value in state.values() if value.is_floating_point()} == {torch.float16}
 
 
-def test_killed_run_resumes_to_the_same_bits(here, monkeypatch):
-    monkeypatch.setattr(run_qat, "write_onnx", write_onnx)
+def test_killed_run_resumes_to_the_same_bits(here):
     run_qat.main([*QAT, *COMMON, "--wandb_id", "small"])
     whole = new_run(here)
     command = [sys.executable, str(ROOT / "run_qat.py"), *QAT, *COMMON, "--wandb_id", "small", "--save_minutes", "0"]
@@ -158,32 +169,27 @@ def test_killed_run_resumes_to_the_same_bits(here, monkeypatch):
     run_qat.main(["--resume", killed.name])
     a, b = (load_checkpoint(run / "checkpoints/last.pt")["model"]["state"] for run in (whole, killed))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert (whole / "network_int8.onnx").read_bytes() == (killed / "network_int8.onnx").read_bytes()
 
 
-def test_export_of_a_quantized_run_passes_its_own_report(here, capsys):
-    run_qat.main([*DATA, *COMMON, "--wandb_id", "small", "--ptq"])
-    run = new_run(here)
-    status = run_export.main(
-        ["--wandb_id", run.name, "--dataset_dir", "tau", "--cache_path", "cache", "--latency_rounds", "3"]
-    )
-    printed = capsys.readouterr().out
+def test_export_of_a_quantized_run_passes_its_own_report(exported):
+    folder, status, printed = exported
+    run = folder / "DCASE23_Task1/ptq"
     assert status == 0, printed
-    names = {"network_fp32.onnx", "waveform_fp32.onnx", "network_int8.onnx", "waveform_int8.onnx", "parity.md"}
+    names = {"network_int8.onnx", "waveform_int8.onnx", "parity.md"}
     assert {path.name for path in (run / "export").iterdir()} == names
     assert "s5" in (run / "export/parity.md").read_text() and "in_c.0: reads the float spectrogram" in printed
 
 
-def test_an_int8_file_that_only_this_cpu_gets_wrong_names_the_remedy(here, monkeypatch, capsys):
-    run_qat.main([*DATA, *COMMON, "--wandb_id", "small", "--ptq"])
-    run = new_run(here)
+def test_an_int8_file_that_only_this_cpu_gets_wrong_names_the_remedy(exported, monkeypatch, capsys):
+    monkeypatch.chdir(exported[0])
+    monkeypatch.setattr(run_export, "write_onnx", lambda *_: None)  # they are there
     original = run_export.parity.run_onnx
 
     def saturating(path, inputs, exact=False):
         return original(path, inputs, exact=exact) + (0 if exact or "fp32" in path.name else 0.3)
 
     monkeypatch.setattr(run_export.parity, "run_onnx", saturating)
-    options = ["--wandb_id", run.name, "--latency_rounds", "0", "--n_clips", "3"]
+    options = ["--wandb_id", "ptq", "--precision", "int8", "--latency_rounds", "0", "--n_clips", "3"]
     assert run_export.main(options) == 1
     printed, error = capsys.readouterr()
     assert "| network_int8.onnx, exact integers | PyTorch, integers |" in printed
@@ -191,7 +197,6 @@ def test_an_int8_file_that_only_this_cpu_gets_wrong_names_the_remedy(here, monke
     here = [f"{kind}_int8.onnx, as this CPU computes" for kind in ("network", "waveform")]
     assert f"parity fails for {', '.join(here)}: though no pair of their weights can overflow" in error
     assert "session.x64quantprecision=1" in error and "limit_pairs" not in error and "do not use" not in error
-    monkeypatch.setattr(run_export, "write_onnx", lambda *_: None)  # they are there; writing takes most of the time
     monkeypatch.setattr(run_export, "overflowing_layers", lambda _network: [("in_c.1", 3)])
     assert run_export.main(options) == 1
     printed, error = capsys.readouterr()

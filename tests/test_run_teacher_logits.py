@@ -26,6 +26,8 @@ from tests.golden_inputs import fill_state
 from tests.processes import together
 from tests.test_foreign import SMALL_BEATS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 MEL = {"sample_rate": 8000, "n_fft": 512, "win_length": 256, "hop_length": 125, "n_mels": 64, "fmax_aug_range": 200}
 DATA = ["--dataset_dir", "tau", "--cache_path", "cache", "--project_name", "proj", "--batch_size", "8"]

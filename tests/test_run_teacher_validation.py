@@ -17,6 +17,8 @@ from tests.processes import together
 from tests.test_foreign import SMALL_BEATS
 from tests.test_run_teacher_logits import MEL, expected, read_meta
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = [
     "--dataset_dir",
     "tau",

@@ -18,6 +18,8 @@ import run_training
 from helpers import cli
 from helpers.checkpoints.checkpoint import load_checkpoint, load_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 # A front end and a network small enough for seconds of training.
 SMALL = [
@@ -70,6 +72,7 @@ def without_times(run: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in timed} for line in lines(run)]
 
 
+@pytest.mark.plots
 def test_a_run_leaves_everything_it_promises(options, capsys):
     metrics = run_training.main([*options, "--n_epochs", "2"])
     run = run_of()
@@ -77,6 +80,7 @@ def test_a_run_leaves_everything_it_promises(options, capsys):
         ".lock", "options.json", "config.yaml", "metrics.jsonl", "checkpoints", "curves.png",
         "confusion_matrix.png", "report.md",
     }  # fmt: skip
+    assert all((run / name).stat().st_size > 10_000 for name in ("curves.png", "confusion_matrix.png"))
     assert [line["epoch"] for line in lines(run)] == [0, 1]
     assert lines(run)[1]["test/acc"] == metrics["test/acc"]
     assert {"test/acc/real", "test/acc/unseen", "test/acc/device/s4", "test/acc/city/milan"} <= set(metrics)

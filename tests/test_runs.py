@@ -21,6 +21,8 @@ from helpers.checkpoints.checkpoint import load_checkpoint
 from helpers.runs.run import resume_command
 from tests.test_run_training import lines, options, outcome, responses, run_of, weights, without_times
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["options", "responses"]  # fixtures
 
 

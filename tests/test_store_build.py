@@ -16,6 +16,8 @@ from datasets.cache import WaveformStore, find_problem, open_store
 from datasets.store_spec import make_spec
 from datasets.tau import DataError, read_meta
 
+pytestmark = pytest.mark.slow
+
 RATE = 8000
 N_CLIPS = 24
 

@@ -19,6 +19,8 @@ from datasets.synthetic.devices import MICROPHONES, N_IR_SAMPLES, Microphone
 from datasets.synthetic.scenes import SCENE_SOURCES
 from datasets.tau import CITIES, RECORDING_DEVICES, SCENES, parse_clip_name, recording_key
 
+pytestmark = pytest.mark.slow
+
 N_TRAIN, N_TEST = 10, 10  # recordings: one per scene and part
 ONE_RECORDING_EACH = {"n_train_recordings": 1, "n_test_recordings": 1, "n_workers": 1}
 

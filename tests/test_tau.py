@@ -60,6 +60,7 @@ def full_size(shared, tmp_path_factory) -> Meta:
     return read_meta(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_real_list_has_the_published_counts(full_size):
     train, test = rows_for_training(full_size), rows_for_test(full_size)
     assert (len(full_size), len(train), len(test)) == (230_350, 139_620, 29_680)
@@ -70,6 +71,7 @@ def test_the_real_list_has_the_published_counts(full_size):
     assert device_groups(full_size, train)["unseen"] == ("s4", "s5", "s6")
 
 
+@pytest.mark.slow
 def test_ten_segments_lie_side_by_side_in_the_real_list(full_size):
     ordered = full_size.files[segment_order(full_size.files)]
     names = [parse_clip_name(file) for file in ordered]
@@ -80,6 +82,7 @@ def test_ten_segments_lie_side_by_side_in_the_real_list(full_size):
             assert a.segment < b.segment
 
 
+@pytest.mark.slow
 def test_held_out_recordings_are_whole_and_on_all_devices(full_size):
     rows = rows_for_training(full_size)
     kept, held = hold_out_recordings(full_size, rows, 0.1, seed=3)
@@ -167,6 +170,7 @@ def test_recordings_under_other_names_are_told_by_the_identifier(tmp_path):
     assert "the column identifier for 30 clips with other names" in read_meta(tmp_path).recordings_by
 
 
+@pytest.mark.slow
 def test_the_recordings_of_tau22_are_what_they_were(full_size):
     assert full_size.recording.tolist() == [recording_key(file) for file in full_size.files]
 

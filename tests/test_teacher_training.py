@@ -31,6 +31,8 @@ from tests.http_server import FileServer, Served
 from tests.test_beats_checkpoint import checkpoint_of
 from tests.test_run_teacher_logits import expected
 
+pytestmark = pytest.mark.slow
+
 DATA = [
     "--logger", "none", "--dataset_dir", "tau", "--cache_path", "cache", "--resample_rate", "8000", "--dir_prob", "0",
     "--batch_size", "8", "--n_epochs", "1",

@@ -8,6 +8,8 @@ import torch
 from models import get_model
 from tests.test_teacher_training import SMALL, make_project, outcome, passt_bytes, work_in
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:

@@ -79,6 +79,7 @@ def test_a_published_cp_resnet_is_fetched_once_and_gives_the_published_logits(se
     check_golden(data, load_teacher_model(str(folder / "cpr_128k_fms_1.pt"), "no_project"))  # recognised
 
 
+@pytest.mark.slow
 def test_a_published_passt_gives_the_published_logits(tmp_path, monkeypatch, shared):
     data = torch.load(shared("golden/cpjku_dcase23/e2e_passt.pt"), weights_only=True)
     path = tmp_path / "passt_fms_3.pt"

@@ -22,6 +22,8 @@ from helpers.fetch.download import DownloadError
 from helpers.fetch.zenodo import download_record, extract_zip, plan, read_record
 from tests.http_server import FileServer, Served, make_zip, publish_record
 
+pytestmark = pytest.mark.slow
+
 TOP = "TAU-urban-acoustic-scenes-2022-mobile-development"
 RECORD = 6337421
 
