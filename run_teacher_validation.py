@@ -21,8 +21,8 @@ from datasets.synthetic import SYNTHETIC_NOTICE
 from datasets.tau import read_meta
 from helpers import cli
 from helpers.checkpoints.checkpoint import check_scenes
+from helpers.checkpoints.stated import add_stated_options, believe_of_teachers
 from helpers.data import Data, DataConfig, dataset_root, load_data, place_on_device
-from helpers.runs.logger import LOGGERS
 from helpers.loop import predict
 from helpers.machine import open_machine
 from helpers.metrics import score
@@ -30,8 +30,9 @@ from helpers.options import add_compute_options, add_data_options
 from helpers.parts import STUDENT, Parts
 from helpers.recipes import parse
 from helpers.report.report import metric_tables
+from helpers.report.text import align
+from helpers.runs.logger import LOGGERS
 from helpers.runs.run import open_logger
-from helpers.checkpoints.stated import add_stated_options, believe_of_teachers
 from helpers.teachers import TeacherSource, find_teachers, mean_logits, scorer
 
 log = logging.getLogger(__name__)
@@ -135,13 +136,7 @@ def summary(metrics: dict[str, float], names: list[str]) -> str:
                 f"{metrics[f'{name}/test/loss']:.3f}",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )
+    return "\n".join(align(rows))
 
 
 if __name__ == "__main__":

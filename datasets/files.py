@@ -1,14 +1,16 @@
 """What every file of ours is written, locked and read with: atomic replacement, one lock, one check of the content."""
 
+import dataclasses
 import errno
 import json
 import logging
+import math
 import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
@@ -63,6 +65,25 @@ def write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False)
     with replacing(path) as file:
         file.write(text + "\n")
+
+
+def plain(value: Any) -> Any:
+    """The value in terms of JSON: paths and configs as text and objects, tensors and NumPy numbers as numbers."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence | set | frozenset):
+        return [plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    raise TypeError(f"cannot be written as JSON: {value!r} of type {type(value).__name__}")
 
 
 def remove_leftovers(path: Path) -> None:

@@ -29,6 +29,7 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.errors import UserError
+from helpers.report.text import align
 from models.layers.conv_unit import ConvUnit
 from models.layers.core import Rounding
 from models.layers.fold import fold
@@ -189,7 +190,7 @@ def table(report: Report) -> str:
     costs = (report.trained, report.folded)
     totals = [f"{getattr(cost, name):,}" for name in ("n_parameters", "macs") for cost in costs]
     rows.append(("total", "", "", *totals, f"{report.folded.peak_values:,}"))
-    return "\n".join([*_align(rows, n_left=3), "", *_summary(report)])
+    return "\n".join([*(line.rstrip() for line in align(rows, n_left=3)), "", *_summary(report)])
 
 
 def _summary(report: Report) -> Iterator[str]:
@@ -219,16 +220,6 @@ def _rows(cost: Cost) -> dict[str, list[Layer]]:
 def _sums(name: str, *groups: list[Layer] | None) -> Iterator[str]:
     for group in groups:
         yield f"{sum(getattr(layer, name) for layer in group):,}" if group else ""
-
-
-def _align(rows: list[tuple[str, ...]], n_left: int) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i < n_left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield "  ".join(cells).rstrip()
 
 
 def _bytes_per_value(precision: str) -> int:

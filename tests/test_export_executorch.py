@@ -13,6 +13,7 @@ from models.frontends.cp_mel_export import CpMelExport
 from models.layers.core import QuantConfig
 from models.layers.fold import fold
 from tests.golden_inputs import clip
+from tests.test_layers import NETWORKS, build, clips, ready_network
 from tests.test_quantization import CHECKPOINT, network, prepared, spectrograms
 
 needs_executorch = pytest.mark.skipif(
@@ -93,6 +94,19 @@ def test_other_settings_agree_too(tmp_path):
     model = convert(prepared(network(n_blocks=(1,), strides={}), config))
     log_mel = spectrograms(8)
     path = ee.export_executorch(model, log_mel[:1], tmp_path / "network.pte")
+    expected, logits = model(log_mel), ee.run_program(path, log_mel)
+    assert ((logits - expected).abs().amax(dim=1) < 1e-5).float().mean() > 0.7
+    assert torch.equal(logits.argmax(dim=1), expected.argmax(dim=1))
+
+
+@needs_executorch
+@pytest.mark.parametrize("cls", NETWORKS.values(), ids=NETWORKS)
+def test_networks_of_plain_layers_agree_in_float_and_in_8_bits(cls, tmp_path):
+    network, log_mel = build(cls), clips(12)
+    path = ee.export_executorch(fold(network, log_mel[:1]), log_mel[:1], tmp_path / "float.pte")
+    torch.testing.assert_close(ee.run_program(path, log_mel), network(log_mel), rtol=0, atol=1e-5)
+    model = convert(ready_network(network, x=log_mel))
+    path = ee.export_executorch(model, log_mel[:1], tmp_path / "int8.pte")
     expected, logits = model(log_mel), ee.run_program(path, log_mel)
     assert ((logits - expected).abs().amax(dim=1) < 1e-5).float().mean() > 0.7
     assert torch.equal(logits.argmax(dim=1), expected.argmax(dim=1))

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers.fetch import download, zenodo
+from helpers.fetch import download, zenodo, zip_archive
 from helpers.fetch.download import DownloadError
-from helpers.fetch.zenodo import download_record, extract_zip, plan, read_record
+from helpers.fetch.zenodo import download_record, plan, read_record
+from helpers.fetch.zip_archive import extract_zip
 from tests.http_server import FileServer, Served, make_zip, publish_record
 
 pytestmark = pytest.mark.slow
@@ -125,7 +126,7 @@ def test_a_broken_download_goes_on_at_its_byte(server, tmp_path):
 
 
 def test_a_kill_while_unpacking_goes_on_at_the_entry(server, tmp_path, monkeypatch):
-    unpack, done = zenodo._unpack, []
+    unpack, done = zip_archive._unpack, []
 
     def killed(opened, info, target):
         if len(done) == 3:
@@ -133,11 +134,11 @@ def test_a_kill_while_unpacking_goes_on_at_the_entry(server, tmp_path, monkeypat
         unpack(opened, info, target)
         done.append(info.filename)
 
-    monkeypatch.setattr(zenodo, "_unpack", killed)
+    monkeypatch.setattr(zip_archive, "_unpack", killed)
     with pytest.raises(KeyboardInterrupt):
         get_record(server, tmp_path)
     again = []
-    monkeypatch.setattr(zenodo, "_unpack", lambda o, i, t: (again.append(i.filename), unpack(o, i, t)))
+    monkeypatch.setattr(zip_archive, "_unpack", lambda o, i, t: (again.append(i.filename), unpack(o, i, t)))
     get_record(server, tmp_path)
     assert content(tmp_path) == UNPACKED | {"LICENSE.txt": b"terms"}
     assert len(done) == 3 and not set(done) & set(again)

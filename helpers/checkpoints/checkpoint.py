@@ -8,14 +8,14 @@ of others are read too, see helpers/checkpoints/foreign.py.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from datasets.files import ContentError, check_content, matching, replacing
+from datasets.files import ContentError, check_content, matching, plain, replacing
 from datasets.tau import SCENES, Meta
 from datasets.torch_file import read_torch_file
 from helpers.checkpoints.foreign import ForeignError, recognise
@@ -112,7 +112,7 @@ class Subject:
 def describe(part: nn.Module, table: Mapping[str, tuple[type, type]]) -> dict[str, Any]:
     """Name, config and state of a network or front end, as stored in a checkpoint."""
     name = next(name for name, (_, cls) in table.items() if type(part) is cls)
-    return {"name": name, "config": _plain(asdict(part.config)), "state": part.state_dict()}
+    return {"name": name, "config": plain(part.config), "state": part.state_dict()}
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -351,10 +351,3 @@ def not_finite(state: Mapping[str, torch.Tensor]) -> str | None:
     if not floats or bool(torch.stack([value.isfinite().all() for value in floats.values()]).all()):
         return None  # one answer of the device instead of one for each tensor
     return next(name for name, value in floats.items() if not bool(value.isfinite().all()))
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists and mappings as dicts: what loads without running code."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from datasets.tau import DataError
+from helpers.report.text import align
 
 log = logging.getLogger(__name__)
 
@@ -307,14 +308,7 @@ def _summary(metrics: Mapping[str, float], split: str) -> str:
 
 
 def _text_table(table: Table) -> list[str]:
-    cells = [(_shorten(name, NAME_WIDTH), *numbers) for name, *numbers in table.cells()]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(
-            [name.ljust(widths[0]), *(text.rjust(width) for text, width in zip(numbers, widths[1:], strict=True))]
-        )
-        for name, *numbers in cells
-    ]
+    lines = align([(_shorten(name, NAME_WIDTH), *numbers) for name, *numbers in table.cells()])
     rule = "-" * len(lines[0])
     parts = lines[1 : 1 + table.n_parts]
     return [lines[0], rule, *parts, *([rule] if parts else []), *lines[1 + table.n_parts :]]

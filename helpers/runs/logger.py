@@ -7,7 +7,6 @@ A run lives in `<project_name>/<id>/`: `options.json`, `metrics.jsonl` (one JSON
 import dataclasses
 import json
 import logging
-import math
 import os
 import re
 import secrets
@@ -20,10 +19,10 @@ import urllib.request
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from http.client import HTTPException
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
-from datasets.files import replacing
+from datasets.files import plain, replacing
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +202,7 @@ class RunLogger:
             raise FileExistsError(f"run {self.id} already exists in {project}: resume it, or choose another id")
 
         self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-        self._options = options = _plain(options)
+        self._options = options = plain(options)
         if resume_epoch is None or not (self.dir / "options.json").exists():
             with replacing(self.dir / "options.json") as file:
                 file.write(json.dumps(options, indent=2, allow_nan=False) + "\n")
@@ -234,7 +233,7 @@ class RunLogger:
         """
         if epoch <= self._last_epoch:
             raise ValueError(f"{self._metrics} holds epoch {self._last_epoch}; it cannot be followed by epoch {epoch}")
-        line = json.dumps(_plain({"epoch": epoch, **metrics}), allow_nan=False)
+        line = json.dumps(plain({"epoch": epoch, **metrics}), allow_nan=False)
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
@@ -288,25 +287,6 @@ def _drop_epochs_from(path: Path, epoch: int) -> int:
             file.write("".join(kept))
         log.info("%s: %d lines after epoch %d are dropped and written again", path, len(lines) - len(kept), last)
     return last
-
-
-def _plain(value: Any) -> Any:
-    """The value in terms of JSON: paths and configs as text and objects, tensors and NumPy numbers as numbers."""
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, PurePath):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence | set | frozenset):
-        return [_plain(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    raise TypeError(f"cannot be written as JSON: {value!r} of type {type(value).__name__}")
 
 
 def _wandb_mode(wandb) -> tuple[str, str]:
