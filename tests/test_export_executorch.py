@@ -9,7 +9,7 @@ from helpers.checkpoints.checkpoint import load_model
 from helpers.export import executorch_program as ee
 from helpers.quantization import calibrate, convert, prepare
 from models import get_frontend
-from models.frontends.cp_mel_export import CpMelExport
+from models.frontends.mel_export import MelExport
 from models.layers.core import QuantConfig
 from models.layers.fold import fold
 from tests.golden_inputs import clip
@@ -145,7 +145,7 @@ def test_a_program_with_the_front_end_takes_waveforms(tmp_path):
     frontend = get_frontend("cp_mel", sample_rate=8000, win_length=1024, hop_length=500, n_fft=1024, n_mels=32).eval()
     model = fold(network(n_blocks=(1,), strides={}))
     waveform = clip(1, 8000, "executorch", 4)
-    whole = nn.Sequential(CpMelExport(frontend, waveform.shape[1]), model)
+    whole = nn.Sequential(MelExport(frontend, waveform.shape[1]), model)
     path = ee.export_executorch(whole, waveform[:1], tmp_path / "waveform.pte")
     delegates, operators = plan(path)
     assert set(delegates) == {"XnnpackBackend"}

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from helpers.quantization import convert
-from models.frontends.cp_mel_xnnpack import XnnMel
+from models.frontends.mel_xnnpack import XnnMel
 from models.layers.add import IntAdd, XnnAdd
 from models.layers.avg_pool import AvgPool, IntAvgPool
 from models.layers.conv_unit import IntConv, XnnConv
@@ -15,8 +15,8 @@ from models.layers.fold import fold
 from models.layers.response_norm import IntResponseNorm, ResponseNorm, XnnIntResponseNorm
 from models.layers.xnnpack import for_xnnpack, operators
 from tests.golden_inputs import wave
-from tests.test_cp_mel_export import CONFIGS, build, noise
 from tests.test_integer import random_activation
+from tests.test_mel_export import CONFIGS, build, noise
 from tests.test_quantization import OTHERS, network, prepared, spectrograms
 
 

@@ -1,14 +1,12 @@
-"""The log-mel front end of `cp_mel_export.py` for XNNPACK, in ExecuTorch programs."""
+"""The mel front ends of `mel_export.py` for XNNPACK, in ExecuTorch programs."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.frontends.cp_mel import LOG_OFFSET, PREEMPHASIS, SCALE, SHIFT
-
 
 class XnnMel(nn.Module):
-    """`CpMelExport` with its constant matrices on the right, where XNNPACK packs them once, at load.
+    """`MelExport` with its constant matrices on the right, where XNNPACK packs them once, at load.
 
     Mirroring the ends of the clip and gathering frames and rows of filters stays with ExecuTorch's portable kernels.
     """
@@ -27,20 +25,24 @@ class XnnMel(nn.Module):
         square = spectrum * spectrum
         power = square[:, :, : mel.q] + square[:, :, mel.q :]  # (k1, time, k2)
         power = power.transpose(1, 2).flatten(0, 1)  # ((k1, k2), time)
+        if mel.is_magnitude:
+            power = power.sqrt()
         bands = [
             F.linear(power.index_select(0, getattr(mel, f"rows{i}")).t(), getattr(mel, f"filters{i}"))
             for i in range(mel.n_blocks)
         ]
-        log_mel = (torch.log(torch.cat(bands, 1) + LOG_OFFSET) + SHIFT) / SCALE  # (time, mel)
-        return log_mel.t().reshape(1, 1, -1, mel.n_frames)  # (batch, 1, mel, time)
+        return mel.compress_(torch.cat(bands, 1)).t().reshape(1, 1, -1, mel.n_frames)  # (batch, 1, mel, time)
 
     def _frames(self, waveform: Tensor) -> Tensor:
-        """As in `CpMelExport`, but only the mirrored samples are gathered one by one."""
-        mel, before = self.layer, waveform[:, :-1]
-        x = (waveform[:, 1:] - before) + (1 - PREEMPHASIS) * before
-        end = x.shape[1] - 1
-        parts = [x[:, 1 : mel.n_left + 1].flip(1), x, x[:, end - mel.n_right : end].flip(1)]
-        x = torch.cat([part for part in parts if part.shape[1]], 1)
+        """As in `MelExport`, but only the mirrored samples are gathered one by one."""
+        mel = self.layer
+        x = mel.emphasised(waveform)
+        if mel.is_mirrored:
+            end = x.shape[1] - 1
+            parts = [x[:, 1 : mel.n_left + 1].flip(1), x, x[:, end - mel.n_right : end].flip(1)]
+            x = torch.cat([part for part in parts if part.shape[1]], 1)
+        else:
+            x = F.pad(x, (mel.n_left, mel.n_right))
         if mel.n_zeros > 0:
             x = F.pad(x, (0, mel.n_zeros))
         elif mel.n_zeros < 0:

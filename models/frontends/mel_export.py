@@ -1,7 +1,7 @@
-"""The log-mel front end of `cp_mel.py` for exported files: the same numbers, from matrix products alone.
+"""The mel front ends of `mel.py` for exported files: the same numbers, from matrix products alone.
 
 Runtimes on phones, in browsers and on boards have no fast Fourier transform (or a slow one: the spectra of one 1-second
-clip take 9.4 ms with the STFT operator of ONNX Runtime, on one thread) and no embedding bag. `CpMelExport` writes the
+clip take 9.4 ms with the STFT operator of ONNX Runtime, on one thread) and no embedding bag. `MelExport` writes the
 transform as two dense stages and the filters as a few dense blocks.
 
 The transform. n_fft = p * q; sample n = q * n1 + n2; bin k = k1 + p * k2:
@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.frontends.cp_mel import LOG_OFFSET, PREEMPHASIS, SCALE, SHIFT, CpMel
-from models.frontends.cp_mel_xnnpack import XnnMel
+from models.frontends.mel import Mel
+from models.frontends.mel_xnnpack import XnnMel
 
 # Weights (bands x bins) of one block of filters: larger blocks multiply more zeros, smaller ones are more operators.
 BLOCK_WEIGHTS = 4096
@@ -28,8 +28,8 @@ BLOCK_WEIGHTS = 4096
 MIN_PIECE = 32
 
 
-class CpMelExport(nn.Module):
-    """Maps waveforms (batch, n_samples) to log-mel spectrograms (batch, 1, mel, time), as `CpMel` in eval mode does.
+class MelExport(nn.Module):
+    """Maps waveforms (batch, n_samples) to mel spectrograms (batch, 1, mel, time), as the front end in eval mode does.
 
     Standard operators only, no control flow, any batch size. `forward` computes the matrix of stage 2 from tables: the
     file stays small (0.5 MB at the default config, with the matrix 1.4 MB), and a runtime that folds constants, as ONNX
@@ -49,14 +49,14 @@ class CpMelExport(nn.Module):
         ValueError: for n_samples too short for one reflected frame; in `forward` for waveforms of another length.
     """
 
-    def __init__(self, frontend: CpMel, n_samples: int, store_matrices: bool = False):
+    def __init__(self, frontend: Mel, n_samples: int, store_matrices: bool = False):
         super().__init__()
         self.config, self.n_samples = frontend.config, n_samples
-        if n_samples < self.config.n_fft // 2 + 2:
-            raise ValueError(
-                f"n_samples must be at least n_fft / 2 + 2 = {self.config.n_fft // 2 + 2} samples, got {n_samples}"
-            )
-        self.n_frames = 1 + (n_samples - 1) // self.config.hop_length
+        self.preemphasis, self.compress_ = frontend.preemphasis, frontend.compress_
+        self.is_mirrored, self.is_magnitude = frontend.is_mirrored, frontend.is_magnitude
+        if n_samples < frontend.least_samples:
+            raise ValueError(f"clips must have at least {frontend.least_samples} samples, got {n_samples}")
+        self.n_frames = frontend.n_frames(n_samples)
         self.p, self.q = split_transform(self.config.n_fft, self.config.win_length)
         self._lay_out_frames(frontend.window)
         self._lay_out_transform()
@@ -76,19 +76,19 @@ class CpMelExport(nn.Module):
         y = y.view(-1, self.p // 2 + 1, 2 * self.q).permute(1, 2, 0)  # (k1, (re/im, n2), batch x time)
         spectrum = (self._stage2() if self.stage2 is None else self.stage2) @ y  # (k1, (re/im, k2), batch x time)
         power = (spectrum * spectrum).unflatten(1, (2, self.q)).sum(1).flatten(0, 1)  # ((k1, k2), batch x time)
+        if self.is_magnitude:
+            power = power.sqrt()
         bands = [
             getattr(self, f"filters{i}") @ power.index_select(0, getattr(self, f"rows{i}"))
             for i in range(self.n_blocks)
         ]
-        log_mel = (torch.log(torch.cat(bands) + LOG_OFFSET) + SHIFT) / SCALE  # (mel, batch x time)
-        return log_mel.view(self.config.n_mels, -1, self.n_frames).transpose(0, 1).unsqueeze(1)
+        mel = self.compress_(torch.cat(bands))  # (mel, batch x time)
+        return mel.view(self.config.n_mels, -1, self.n_frames).transpose(0, 1).unsqueeze(1)
 
     def _frames(self, waveform: Tensor) -> Tensor:
         """Windowed frames (batch x time, n1, n2) of the emphasised waveform, mirrored at its ends."""
-        # y[t] = x[t + 1] - 0.97 x[t]: without a fused multiply-add, rounding 0.97 x[t] would show in low notes.
-        before = waveform[:, :-1]
-        x = (waveform[:, 1:] - before) + (1 - PREEMPHASIS) * before
-        x = F.pad(x, (self.n_left, self.n_right), mode="reflect")
+        x = self.emphasised(waveform)
+        x = F.pad(x, (self.n_left, self.n_right), mode="reflect" if self.is_mirrored else "constant")
         if self.n_zeros > 0:  # read only where the window is zero
             x = F.pad(x, (0, self.n_zeros))
         elif self.n_zeros < 0:  # in no frame
@@ -98,6 +98,13 @@ class CpMelExport(nn.Module):
         if self.n_gathered > len(self.window):
             frames = frames[:, : len(self.window)]
         return (frames * self.window).view(-1, len(self.window) // self.q, self.q)
+
+    def emphasised(self, waveform: Tensor) -> Tensor:
+        if not self.preemphasis:
+            return waveform
+        # y[t] = x[t + 1] - 0.97 x[t]: without a fused multiply-add, rounding 0.97 x[t] would show in low notes.
+        before = waveform[:, :-1]
+        return (waveform[:, 1:] - before) + (1 - self.preemphasis) * before
 
     def _stage2(self) -> Tensor:
         """Matrices (k1, (re/im, k2), (re/im, n2)): (cos - i sin)(re + i im) = cos re + sin im + i (cos im - sin re)."""
@@ -116,7 +123,9 @@ class CpMelExport(nn.Module):
         self._keep("piece_index", (start + torch.arange(n_pieces)).flatten())  # ((time, piece),)
         # n_fft / 2 samples are mirrored at both ends, and the window stands in the middle of n_fft samples.
         self.n_left = config.n_fft // 2 - (config.n_fft - config.win_length) // 2
-        n_missing = (self.n_frames - 1) * hop + self.n_gathered - self.n_left - (self.n_samples - 1)
+        n_missing = (
+            (self.n_frames - 1) * hop + self.n_gathered - self.n_left - (self.n_samples - bool(self.preemphasis))
+        )
         self.n_right = min(max(n_missing, 0), config.n_fft // 2)
         self.n_zeros = n_missing - self.n_right
 
