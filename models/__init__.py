@@ -19,8 +19,12 @@ from torch import nn
 from models.beats import Beats, BeatsConfig
 from models.cp_mobile import CpMobile, CpMobileConfig
 from models.cp_resnet import CpResnet, CpResnetConfig
+from models.frontends.cnn3_mel import Cnn3Mel, Cnn3MelConfig
 from models.frontends.cp_mel import CpMel, CpMelConfig
+from models.frontends.dcase24_mel import Dcase24Mel, Dcase24MelConfig
+from models.frontends.dragonsearch_mel import DragonsearchMel, DragonsearchMelConfig
 from models.frontends.kaldi_fbank import KaldiFbank, KaldiFbankConfig
+from models.frontends.sp4asc_mel import Sp4ascMel, Sp4ascMelConfig
 from models.passt import Passt, PasstConfig
 
 # name -> (config, class); the keys are the choices on the command line.
@@ -33,6 +37,10 @@ MODELS = {
 FRONTENDS = {
     "cp_mel": (CpMelConfig, CpMel),
     "kaldi_fbank": (KaldiFbankConfig, KaldiFbank),
+    "dcase24_mel": (Dcase24MelConfig, Dcase24Mel),
+    "sp4asc_mel": (Sp4ascMelConfig, Sp4ascMel),
+    "dragonsearch_mel": (DragonsearchMelConfig, DragonsearchMel),
+    "cnn3_mel": (Cnn3MelConfig, Cnn3Mel),
 }
 
 

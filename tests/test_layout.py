@@ -83,6 +83,10 @@ PARTS = {
             "models/frontends/cp_mel", "models/__init__.py",
             "models/cp_resnet.py", "models/passt.py",  # whose default it is
         ),
+        r"dcase24_?mel": ("models/frontends/dcase24_mel.py", "models/__init__.py"),
+        r"sp4asc_?mel": ("models/frontends/sp4asc_mel.py", "models/__init__.py"),
+        r"dragonsearch_?mel": ("models/frontends/dragonsearch_mel.py", "models/__init__.py"),
+        r"cnn3_?mel": ("models/frontends/cnn3_mel.py", "models/__init__.py"),
         r"kaldi_?fbank": ("models/frontends/kaldi_fbank.py", "models/beats.py", "models/__init__.py"),
     },
     "helpers/augment": {

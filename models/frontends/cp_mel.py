@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models.bounds import Bounds, check_numbers
-from models.frontends.mel import FMin, HopLength, Mel, NFft, NMels, SampleRate, WinLength, check_mel_config
+from models.frontends import mel
 
 PREEMPHASIS = 0.97
 LOG_OFFSET = 1e-5
@@ -21,12 +21,12 @@ SHIFT, SCALE = 4.5, 5.0
 
 @dataclass(frozen=True)
 class CpMelConfig:
-    sample_rate: SampleRate = 32000
-    n_fft: NFft = 4096
-    win_length: WinLength = 3072
-    hop_length: HopLength = 500
-    n_mels: NMels = 256
-    f_min: FMin = 0.0
+    sample_rate: mel.SampleRate = 32000
+    n_fft: mel.NFft = 4096
+    win_length: mel.WinLength = 3072
+    hop_length: mel.HopLength = 500
+    n_mels: mel.NMels = 256
+    f_min: mel.FMin = 0.0
     f_max: Annotated[
         float | None, "upper edge of the highest band in Hz; None: half the rate minus half fmax_aug_range", Bounds(0)
     ] = None
@@ -41,7 +41,7 @@ class CpMelConfig:
         check_numbers(self)
         if self.f_max is None:
             object.__setattr__(self, "f_max", float(self.sample_rate // 2 - self.fmax_aug_range // 2))
-        check_mel_config(self)
+        mel.check_mel_config(self)
         lowest = self.f_max + self.fmax_aug_range // 2 - (self.fmax_aug_range - 1)
         highest = self.f_min + self.fmin_aug_range - 1
         if lowest <= highest:
@@ -89,7 +89,7 @@ def widest_band(config: CpMelConfig) -> int:
     return min(int(width_hz * config.n_fft / config.sample_rate) + 2, config.n_fft // 2)
 
 
-class CpMel(Mel):
+class CpMel(mel.Mel):
     """Maps waveforms (batch, sample) to normalised log-mel spectrograms (batch, 1, mel, time), float32.
 
     Frames: 1 + floor((sample - 1) / hop_length). In training mode the band edges are drawn anew for each batch from the

@@ -62,6 +62,7 @@ class Mel(Frontend):
     """
 
     preemphasis = 0.0  # y[t] = x[t + 1] - preemphasis * x[t]; 0: y = x
+    offset = 0.0  # added to every sample
     is_mirrored = True  # the ends of the clip; else zeros stand beyond them
     is_magnitude = False  # filters sum magnitudes instead of powers
 
@@ -96,7 +97,8 @@ class Mel(Frontend):
             )
         # Spectra need the range of float32, whatever autocast is set to outside.
         with torch.autocast(waveform.device.type, enabled=False), torch.no_grad():
-            return self._bands(waveform.float(), *self.bands_of_batch(waveform.device)).unsqueeze(1)
+            waveform = waveform.float() + self.offset if self.offset else waveform.float()
+            return self._bands(waveform, *self.bands_of_batch(waveform.device)).unsqueeze(1)
 
     @property
     def least_samples(self) -> int:

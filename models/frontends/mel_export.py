@@ -52,7 +52,7 @@ class MelExport(nn.Module):
     def __init__(self, frontend: Mel, n_samples: int, store_matrices: bool = False):
         super().__init__()
         self.config, self.n_samples = frontend.config, n_samples
-        self.preemphasis, self.compress_ = frontend.preemphasis, frontend.compress_
+        self.offset, self.preemphasis, self.compress_ = frontend.offset, frontend.preemphasis, frontend.compress_
         self.is_mirrored, self.is_magnitude = frontend.is_mirrored, frontend.is_magnitude
         if n_samples < frontend.least_samples:
             raise ValueError(f"clips must have at least {frontend.least_samples} samples, got {n_samples}")
@@ -100,6 +100,8 @@ class MelExport(nn.Module):
         return (frames * self.window).view(-1, len(self.window) // self.q, self.q)
 
     def emphasised(self, waveform: Tensor) -> Tensor:
+        if self.offset:
+            waveform = waveform + self.offset
         if not self.preemphasis:
             return waveform
         # y[t] = x[t + 1] - 0.97 x[t]: without a fused multiply-add, rounding 0.97 x[t] would show in low notes.
