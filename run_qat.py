@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     torch.manual_seed(args.seed)
     trains = args.precision == "int8" and args.ptq is None
     with cli.option_errors(parser):
-        loss_fn, schedule = parts.build_loss(args), parts.build_schedule(args)
+        loss_fn, rate = parts.build_loss(args), parts.build_rate(args)
         quant_config, data_config = cli.config_from(args, QuantConfig), cli.config_from(args, DataConfig)
         parts.augment_configs(args)
     if args.ptq is not None and args.precision == "fp16":
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             calibrate(model, calibration_batches, args.ptq or "mse", args.percentile)
         else:
             model = model.half()
-    update = Update(build_optimizer(args, model), machine)
+    update = Update(build_optimizer(args, model), machine, rate=rate)
     more = {
         "precision": args.precision,
         "quantization": asdict(quant_config) if args.precision == "int8" else None,
@@ -153,7 +153,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with open_run(parser, args, subject, update, begun) as run:
         learner, metrics, logits = machine.share(model) if trains else model, {}, None
         while trains and run.epoch < args.n_epochs:
-            update.set_lr(args.lr * schedule.factor(run.epoch))
             n_frozen = run.epoch - (args.n_epochs - args.freeze_params_epochs)  # epochs since ranges froze
             if n_frozen >= 0:
                 freeze(model)

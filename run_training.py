@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     machine = open_machine(parser, args)
     torch.manual_seed(args.seed)
     with cli.option_errors(parser):
-        frontend, loss_fn, schedule = parts.build_frontend(args), parts.build_loss(args), parts.build_schedule(args)
+        frontend, loss_fn, rate = parts.build_frontend(args), parts.build_loss(args), parts.build_rate(args)
         data_config = cli.config_from(args, DataConfig)
         parts.check_configs(args)
         if args.dry_run:
@@ -102,13 +102,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model, frontend = machine.take(model), frontend.to(machine.device)
         check_shapes(model, frontend, data.store.n_samples, machine.device)
     forward = machine.compile(model) if args.compile else model
-    update = Update(build_optimizer(args, model), machine, args.precision, args.accumulate)
+    update = Update(build_optimizer(args, model), machine, args.precision, args.accumulate, rate)
     subject = Subject(model, frontend, data, data_digests(data) | chain_digests(augment))
 
     with open_run(parser, args, subject, update, begun) as run:
         learner, metrics, logits = machine.share(forward), {}, None
         while run.epoch < args.n_epochs:
-            update.set_lr(args.lr * schedule.factor(run.epoch))
             metrics = train_one_epoch(learner, frontend, augment, loss_fn, run.batches(data.train), update)
             if run.is_scored:
                 scores, logits = evaluate(forward, frontend, data, machine, after_batch=run.after_step)

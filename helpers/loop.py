@@ -110,6 +110,8 @@ class Update:
     Args:
         machine: whose `batch_size` is the clips of a step, over all processes.
         precision: of the network; fp32, bf16 or fp16.
+        rate: the learning rate of a step, from its epoch, its number in it, and how many the epoch has; None: the
+            optimizer's own.
         n_parts: pieces that a process computes its share of the batch in, adding up their gradients; less memory, the
             same step but for batch norm's statistics. 1 is off.
     """
@@ -118,6 +120,7 @@ class Update:
     machine: Machine
     precision: str = "fp32"
     n_parts: int = 1
+    rate: Callable[[int, int, int], float] | None = None
     state: LoopState = field(default_factory=LoopState)
 
     def __post_init__(self):
@@ -128,7 +131,11 @@ class Update:
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    def set_lr(self, lr: float) -> None:
+    def set_lr(self, n_clips: int) -> None:
+        """Sets the rate of the next step in an epoch of so many clips."""
+        if self.rate is None:
+            return
+        lr = self.rate(self.state.epoch, self.state.step, -(-n_clips // self.machine.batch_size))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
@@ -223,6 +230,7 @@ def train_one_epoch(
             n_clips = min(update.machine.batch_size, len(epoch) - state.n_clips)  # of all processes
             # 0 where the last batch has fewer clips than there are processes and this one stands in with another's.
             n_own = processes.count(n_clips)
+            update.set_lr(len(epoch))
             means = update.step(model, loss_fn, batch, n_own * processes.size / n_clips)
             state.add(means, n_own, n_clips)
             progress.show(n_clips)

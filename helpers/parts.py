@@ -5,7 +5,7 @@ lists their options and no others.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from helpers import cli
 from helpers.augment import AUGMENTATIONS, DEFAULT_CHAIN, Setting, build_chain
 from helpers.data import Data
 from helpers.losses import LOSSES
-from helpers.schedule import SCHEDULES
+from helpers.schedule import SCHEDULES, Place
 from models import FRONTENDS, MODELS, default_frontend
 
 # Published option names of the fields that front ends have in common.
@@ -100,8 +100,10 @@ def add_augmentation_options(parser: argparse.ArgumentParser, parts: Parts) -> N
 
 def add_schedule_options(parser: argparse.ArgumentParser, parts: Parts) -> None:
     group = parser.add_argument_group("schedule")
-    group.add_argument("--schedule", choices=[*SCHEDULES], default=parts.schedule, help="learning rate over the epochs")
-    cli.add_config_arguments(parser, f"options of {parts.schedule} (epochs)", SCHEDULES[parts.schedule])
+    group.add_argument(
+        "--schedule", choices=[*SCHEDULES], default=parts.schedule, help="learning rate over epochs and steps"
+    )
+    cli.add_config_arguments(parser, f"options of {parts.schedule}", SCHEDULES[parts.schedule])
 
 
 def model_config(args: argparse.Namespace) -> Any:
@@ -124,8 +126,10 @@ def build_loss(args: argparse.Namespace) -> Any:
     return Loss(cli.config_from(args, config))
 
 
-def build_schedule(args: argparse.Namespace) -> Any:
-    return cli.config_from(args, SCHEDULES[args.schedule])
+def build_rate(args: argparse.Namespace) -> Callable[[int, int, int], float]:
+    """The learning rate of a step, from its epoch, its number in the epoch, and how many the epoch has."""
+    schedule = cli.config_from(args, SCHEDULES[args.schedule])
+    return lambda epoch, step, n_steps: args.lr * schedule.factor(Place(epoch, step, n_steps, args.n_epochs))
 
 
 def augment_configs(args: argparse.Namespace) -> dict[str, Any]:

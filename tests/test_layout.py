@@ -92,7 +92,7 @@ PARTS = {
     "helpers/augment": {
         r"time_?roll|freq_?mix_?style|spec_?mask|share_?mask|device_?impulse_?response|mix_?up": ("helpers/augment/",),
     },
-    "helpers/losses": {r"distillation": ("helpers/losses/",)},
+    "helpers/losses": {r"distillation|CrossEntropy|^[Ff]ocal": ("helpers/losses/",)},
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import run_qat
 import run_training
 from helpers import cli
 from helpers.recipes import RecipeError, parse, read_recipe
-from helpers.schedule import WarmupRampdown
+from helpers.schedule import Place, WarmupRampdown
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,7 +67,7 @@ def test_the_recipe_of_beats_is_the_published_one(shared):
 
 def factors(teacher: str, n_epochs: int) -> list[float]:
     schedule = cli.config_from(parsed(teacher), WarmupRampdown)
-    return [schedule.factor(epoch) for epoch in range(n_epochs)]
+    return [schedule.factor(Place(epoch)) for epoch in range(n_epochs)]
 
 
 @pytest.mark.parametrize(("teacher", "name"), [("cp_resnet", "lr_cpresnet"), ("passt", "lr_passt")])
@@ -104,7 +104,7 @@ def test_frozen_beats_has_the_recipe_of_the_published_one(shared):
     assert own["augment"] == ["share_mask", "mixup"] and own["freeze"] == "all"
     assert (own["mixup_alpha"], own["mask_share"]) == (0.3, 0.2)
     schedule = cli.config_from(parsed("beats_ssl_star"), WarmupRampdown)
-    assert {schedule.factor(epoch) for epoch in range(60)} == {1.0}  # no schedule
+    assert {schedule.factor(Place(epoch)) for epoch in range(60)} == {1.0}  # no schedule
     assert defaults("beats_ssl")["mixstyle_axis"] == "time" and defaults("passt")["mixstyle_axis"] == "mel"
 
 

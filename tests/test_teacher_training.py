@@ -186,7 +186,11 @@ def test_a_data_set_with_its_own_labels(here):
 def test_a_run_stopped_within_an_epoch_ends_with_the_same_bits(here, monkeypatch, teacher):
     """Of the BEATs network too, whose file has options that the command line does not know."""
     chain = ["dir", "time_roll", "spec_mask", "freq_mixstyle", "mixup"]
-    options = ["--cropped", "--n_epochs", "3", "--warm_up_len", "1", "--augment", *chain, "--mixup_alpha", "0.3"]
+    options = ["--cropped", "--n_epochs", "3", "--augment", *chain, "--mixup_alpha", "0.3"]
+    if teacher == "passt":  # another rate at every step
+        options += ["--schedule", "warmup_cosine", "--warmup_steps", "5"]
+    else:
+        options += ["--warm_up_len", "1"]
     if teacher == "beats":
         save_beats("beats.pt", deep_norm=False, activation_fn="relu", conv_pos=16, encoder_layerdrop=0.4)
         options += ["--pretrained", "beats.pt", "--freeze", "1"]

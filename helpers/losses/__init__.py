@@ -5,11 +5,15 @@ named tuple of scalars: the first is minimised, all are logged. One that learns 
 `teacher_temperature`, at which it reads them; None, or no such attribute: it takes none.
 """
 
+from helpers.losses.cross_entropy import CrossEntropy, CrossEntropyConfig
 from helpers.losses.distillation import Distillation, DistillationConfig, KdLoss, kd_loss
+from helpers.losses.focal import Focal, FocalConfig
 
 # name -> (config, class); the keys are the choices on the command line, the first is the default.
 LOSSES = {
     "distillation": (DistillationConfig, Distillation),
+    "cross_entropy": (CrossEntropyConfig, CrossEntropy),
+    "focal": (FocalConfig, Focal),
 }
 
 __all__ = ["LOSSES", "Distillation", "DistillationConfig", "KdLoss", "kd_loss"]
