@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from helpers import cli
@@ -162,5 +163,15 @@ def build_augment(args: argparse.Namespace, data: Data, frontend: nn.Module, los
         mask_value=frontend.mask_value,
         teacher_temperature=getattr(loss_fn, "teacher_temperature", None) if has_teacher else None,
         responses=Path(data.meta.root) / "dirs" if args.dataset == "synthetic" else None,
+        sample_rate=frontend.sample_rate,
+        shape=spectrogram_shape(frontend, data.store.n_samples),
     )
     return build_chain(augment_configs(args), setting)
+
+
+def spectrogram_shape(frontend: nn.Module, n_samples: int) -> tuple[int, int] | None:
+    """(mel, time) of a clip's spectrogram; None where clips are too short, as `check_shapes` will say."""
+    try:
+        return tuple(frontend.eval()(torch.zeros(1, n_samples)).shape[2:])  # in eval mode nothing is drawn
+    except ValueError:
+        return None

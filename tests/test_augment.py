@@ -3,6 +3,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+import torchaudio
 from scipy.signal import fftconvolve
 from scipy.stats import beta, chisquare, kstest
 
@@ -12,8 +13,11 @@ from helpers.augment import AUGMENTATIONS, build_chain
 from helpers.augment.augmentation import Setting
 from helpers.augment.device_impulse_response import DeviceImpulseResponse, fast_fft_length
 from helpers.augment.freq_mixstyle import FreqMixStyle, _beta, mix_style
+from helpers.augment.gain import Gain, GainConfig
+from helpers.augment.pitch_shift import PitchShift, PitchShiftConfig, pitch_shift, resample
 from helpers.augment.share_mask import ShareMask
 from helpers.augment.spec_mask import SpecMask
+from helpers.augment.spec_stripes import SpecStripes, SpecStripesConfig, covered, random_stripes
 from helpers.augment.time_roll import TimeRoll
 from helpers.losses import kd_loss
 from models import get_frontend, get_model
@@ -262,7 +266,10 @@ def chain(**options) -> torch.nn.ModuleDict:
 
 def test_everything_is_inert_in_eval_and_when_off():
     batch = batch_of()
-    off = chain(dir_prob=0.0, roll=0, freqm=0, timem=0, mixstyle_p=0.0, mask_share=0.0, mixup_alpha=0.0)
+    off = chain(
+        dir_prob=0.0, roll=0, freqm=0, timem=0, mixstyle_p=0.0, mask_share=0.0, mixup_alpha=0.0, gain_p=0.0,
+        pitch_p=0.0, stripes_p=0.0,
+    )  # fmt: skip
     for augment in (chain().eval(), off):
         for part in ("waveform", "log_mel"):
             assert augment[part](batch) is batch
@@ -313,3 +320,99 @@ def test_the_chain_is_repeatable_and_changes_nothing_in_place():
 def test_refuses_values_out_of_range(build):
     with pytest.raises(ValueError, match=r"must be|needs"):
         build()
+
+
+# ---- gain -----------------------------------------------------------------------------------------------------------
+
+
+def test_gain_matches_the_published_one(shared):
+    data = torch.load(shared("golden/dragonsearch/transforms.pt"), weights_only=True)
+    waveform = clip(data["seconds"], data["rate"], data["key"], 1)
+    half = 20 * np.log10(0.5)
+    out = Gain(GainConfig(gain_p=1.0, gain_low=half, gain_high=half))(Batch(waveform)).waveform
+    torch.testing.assert_close(out[:, :64], data["vol_gain_0.5"], rtol=0, atol=1e-6)
+
+
+def test_gain_is_uniform_in_decibels_and_clips_what_is_too_loud():
+    torch.manual_seed(0)
+    out = Gain(GainConfig(gain_p=0.5, gain_low=-12.0, gain_high=-6.0))(Batch(torch.full((4000, 3), 0.5))).waveform
+    assert (out == out[:, :1]).all()
+    changed = out[:, 0] != 0.5
+    assert changed.float().mean() == pytest.approx(0.5, abs=0.03)
+    db = 20 * torch.log10(out[changed, 0] / 0.5)
+    assert kstest(((db + 12) / 6).numpy(), "uniform").pvalue > 0.01
+    loud = Gain(GainConfig(gain_p=1.0, gain_low=20.0, gain_high=20.0))(Batch(torch.tensor([[0.5, -0.05, -0.5]])))
+    torch.testing.assert_close(loud.waveform, torch.tensor([[1.0, -0.5, -1.0]]))
+    with pytest.raises(ValueError, match="gain_low must be <= gain_high"):
+        GainConfig(gain_low=1.0, gain_high=0.0)
+
+
+# ---- pitch shift ----------------------------------------------------------------------------------------------------
+
+
+def test_pitch_shift_matches_the_published_one(shared):
+    data = torch.load(shared("golden/dragonsearch/transforms.pt"), weights_only=True)
+    waveform, published = clip(data["seconds"], data["rate"], data["key"], 1), data["pitch_shift"]
+    out = pitch_shift(waveform, data["rate"], published["n_steps"])
+    torch.testing.assert_close(out, published["output"], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("rate", "new_rate"), [(44100, 32000), (32000, 44100), (35919, 32000), (1001, 1000)])
+def test_resampling_is_torchaudios(rate, new_rate):
+    waveform = wave((2, 700), "augment/resample", 0.5)
+    small = {35919: (3592, 3200)}.get(rate, (rate, new_rate))  # its kernel for the true ratio takes gigabytes
+    reference = torchaudio.functional.resample(waveform.double(), *small)  # its float32 kernel is 4e-5 off
+    torch.testing.assert_close(resample(waveform, *small).double(), reference, rtol=0, atol=2e-6)
+
+
+def test_a_shifted_tone_is_higher_and_no_longer():
+    rate, t = 16000, torch.arange(16000) / 16000
+    tone = torch.sin(2 * torch.pi * 440 * t)[None]
+    for n_steps in (-5, 7):
+        out = pitch_shift(tone, rate, n_steps)
+        assert out.shape == tone.shape
+        loudest = torch.fft.rfft(out[0, 2000:14000]).abs().argmax() * rate / 12000
+        assert loudest == pytest.approx(440 * 2 ** (n_steps / 12), abs=2)
+
+
+def test_some_clips_are_shifted_and_the_others_stay():
+    torch.manual_seed(0)
+    batch = Batch(wave((40, 4000), "augment/pitch", 0.3))
+    out = PitchShift(PitchShiftConfig(pitch_p=0.5), 8000)(batch).waveform
+    same = (out == batch.waveform).all(dim=1)
+    assert 8 < same.sum() < 32
+    assert PitchShift(PitchShiftConfig(pitch_p=1.0), 8000).eval()(batch) is batch
+
+
+# ---- stripes --------------------------------------------------------------------------------------------------------
+
+
+def test_stripes_cover_what_the_published_ones_do(shared):
+    for case in torch.load(shared("golden/sp4asc/specaugment.pt"), weights_only=True)["cases"]:
+        for kind, key, size in (("time", "kept_frames", case["frames"]), ("freq", "kept_mels", case["mel_bins"])):
+            stripes = torch.tensor(case["masks"][kind])  # (clip, stripe, (start, width))
+            if stripes.numel():
+                masked = covered(stripes[..., :1], stripes[..., 1:], size)
+                assert torch.equal(~masked, case[key].bool())
+
+
+def test_stripes_are_drawn_as_published():
+    torch.manual_seed(0)
+    masked = random_stripes(20000, 1, 5, 9, torch.device("cpu"))
+    widths = masked.sum(dim=1)
+    assert chisquare(torch.bincount(widths, minlength=5).numpy()).pvalue > 0.01
+    starts = masked[widths == 3].int().argmax(dim=1)
+    assert chisquare(torch.bincount(starts, minlength=6).numpy()).pvalue > 0.01  # {0, ..., 9 - 3 - 1}
+
+
+def test_stripes_hold_the_mean_of_their_band():
+    torch.manual_seed(1)
+    batch = batch_of()
+    config = SpecStripesConfig(time_width=8, n_time_stripes=2, mel_width=6, n_mel_stripes=1)
+    out = SpecStripes(config)(batch).log_mel
+    mean = batch.log_mel.mean(dim=(0, 3), keepdim=True).expand_as(out)
+    changed = out != batch.log_mel
+    assert changed.any() and torch.equal(out[changed], mean[changed])
+    with pytest.raises(ValueError, match="time_width must be <= 100, the size of the spectrogram, got 128"):
+        SpecStripes.from_config(SpecStripesConfig(), Setting(clips=None, shape=(64, 100)))
+    SpecStripes.from_config(SpecStripesConfig(n_time_stripes=0), Setting(clips=None, shape=(64, 100)))

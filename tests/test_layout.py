@@ -90,7 +90,8 @@ PARTS = {
         r"kaldi_?fbank": ("models/frontends/kaldi_fbank.py", "models/beats.py", "models/__init__.py"),
     },
     "helpers/augment": {
-        r"time_?roll|freq_?mix_?style|spec_?mask|share_?mask|device_?impulse_?response|mix_?up": ("helpers/augment/",),
+        r"time_?roll|freq_?mix_?style|spec_?mask|share_?mask|device_?impulse_?response|mix_?up|pitch_?shift|spec_?stripes|GainConfig"
+        : ("helpers/augment/",),
     },
     "helpers/losses": {r"distillation|CrossEntropy|^[Ff]ocal": ("helpers/losses/",)},
 }  # fmt: skip

@@ -58,7 +58,7 @@ def here(project, tmp_path, monkeypatch) -> Path:
         (
             "cp_resnet",
             ["--n_fft", "65536"],
-            "take these clips: waveform must be (batch, sample) with at least n_fft",
+            "take these clips: waveform must be (batch, sample) with at least 32770 samples",
         ),
         ("passt", ["--n_mels", "64"], "cannot take these clips: log_mel must be (batch, 1, 32, time)"),
         ("passt", ["--s_patchout_t", "10"], "leaves nothing of the 2 x 9 patches of these clips"),

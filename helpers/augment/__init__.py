@@ -8,12 +8,15 @@ from torch import nn
 from helpers.augment.augmentation import Augmentation, Setting
 from helpers.augment.device_impulse_response import DeviceImpulseResponse, DirConfig
 from helpers.augment.freq_mixstyle import FreqMixStyle, FreqMixStyleConfig
+from helpers.augment.gain import Gain, GainConfig
 from helpers.augment.mixup import MixUp, MixUpConfig
+from helpers.augment.pitch_shift import PitchShift, PitchShiftConfig
 from helpers.augment.share_mask import ShareMask, ShareMaskConfig
 from helpers.augment.spec_mask import SpecMask, SpecMaskConfig
+from helpers.augment.spec_stripes import SpecStripes, SpecStripesConfig
 from helpers.augment.time_roll import TimeRoll, TimeRollConfig
 
-# name -> (config, class); the keys are the choices on the command line. By default all are in the chain, in this order.
+# name -> (config, class); the keys are the choices on the command line.
 AUGMENTATIONS = {
     "dir": (DirConfig, DeviceImpulseResponse),
     "time_roll": (TimeRollConfig, TimeRoll),
@@ -21,6 +24,9 @@ AUGMENTATIONS = {
     "freq_mixstyle": (FreqMixStyleConfig, FreqMixStyle),
     "share_mask": (ShareMaskConfig, ShareMask),
     "mixup": (MixUpConfig, MixUp),
+    "gain": (GainConfig, Gain),
+    "pitch_shift": (PitchShiftConfig, PitchShift),
+    "spec_stripes": (SpecStripesConfig, SpecStripes),
 }
 DEFAULT_CHAIN = ("dir", "time_roll", "spec_mask", "freq_mixstyle", "share_mask", "mixup")
 

@@ -18,6 +18,8 @@ class Setting:
     mask_value: float = 0.0  # of a masked cell, on the scale of the front end's output
     teacher_temperature: float | None = None  # at which the loss reads teacher logits; None without a teacher
     responses: Path | None = None  # impulse responses that come with the data set
+    sample_rate: int = 32000  # of the waveforms in Hz
+    shape: tuple[int, int] | None = None  # (mel, time) of a clip's spectrogram; None is not known
 
 
 class Augmentation(nn.Module):

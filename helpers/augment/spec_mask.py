@@ -53,6 +53,9 @@ class SpecMask(Augmentation):
 
     @classmethod
     def from_config(cls, config: SpecMaskConfig, setting: Setting) -> nn.Module:
+        for name, size in zip(("freqm", "timem"), setting.shape or (), strict=False):
+            if getattr(config, name) > size:
+                raise ValueError(f"{name} must be <= {size}, the size of the spectrogram, got {getattr(config, name)}")
         value = setting.mask_value
         return nn.Sequential(cls(config.freqm, "mel", value), cls(config.timem, "time", value))
 
