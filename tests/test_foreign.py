@@ -3,6 +3,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+import torchaudio
 from torch import nn
 from torch.ao import quantization
 
@@ -237,3 +238,33 @@ def test_the_published_qat_checkpoint_is_folded_back(tmp_path):
     packed = torch.quantize_per_tensor(torch.zeros(8, 1, 3, 3), 0.1, 0, torch.qint8)
     torch.save({"state_dict": state | {"model_int8.in_c.0.0.weight": packed}}, tmp_path / "w.ckpt")
     torch.testing.assert_close(load_model(tmp_path / "w.ckpt").model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def baseline_buffers(n_fft: int, win_length: int, n_mels: int, rate: int) -> dict[str, torch.Tensor]:
+    mel = torchaudio.transforms.MelSpectrogram(rate, n_fft, win_length, 500, n_mels=n_mels)
+    buffers = {f"mel.1.{name}": value for name, value in mel.state_dict().items()}
+    return {"mel.0.kernel": torch.zeros(320, 1, 459)} | buffers
+
+
+@pytest.mark.parametrize(
+    "sizes", [(4096, 3072, 256, 32000), (8192, 8192, 256, 44100), (1024, 800, 64, 16000)], ids=["2024", "Tan", "small"]
+)
+def test_the_front_end_is_read_off_its_buffers_beside_the_network(tmp_path, caplog, sizes):
+    model = fill_state(get_model("cp_mobile", base_channels=8))
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": baseline_buffers(*sizes) | state}, tmp_path / "w.ckpt")
+    config = load_model(tmp_path / "w.ckpt").frontend.config
+    assert (type(config).__name__, config.n_fft, config.win_length, config.n_mels) == ("Dcase24MelConfig", *sizes[:3])
+    assert config.sample_rate == sizes[3] and config.f_max == sizes[3] / 2
+    assert "do not tell the hop" in caplog.text
+
+
+def test_a_file_that_does_not_tell_its_front_end_is_not_guessed_silently(tmp_path, caplog):
+    torch.save(fill_state(get_model("cp_mobile", base_channels=8)).state_dict(), tmp_path / "w.pt")
+    load_model(tmp_path / "w.pt")
+    assert "does not tell its front end: taken is cp_mel with sample_rate 32000" in caplog.text
+    assert "--hop_size" in caplog.text
+    odd = baseline_buffers(4096, 3072, 256, 32000)
+    odd["mel.1.mel_scale.fb"] = odd["mel.1.mel_scale.fb"].flip(1)  # filters of somebody's own
+    torch.save(odd | {f"m.{k}": v for k, v in get_model("cp_mobile").state_dict().items()}, tmp_path / "odd.pt")
+    assert type(load_model(tmp_path / "odd.pt").frontend.config).__name__ == "CpMelConfig"

@@ -3,7 +3,8 @@
 Read are Lightning checkpoints, state dicts bare or below other keys and prefixes of names, and the files of a network's
 own authors, of every network in MODELS that declares how: `entry` and `recognise(state)`, `read_authors_file(content)`
 (see models/__init__.py). What leaves no trace in the shapes, such as strides, pools and attention heads, is taken from
-the published network, and so is the front end.
+the published network. So is the front end, where no buffers of one stand beside the network; that is said aloud: a
+wrong one gives chance accuracy without any error.
 """
 
 import logging
@@ -15,7 +16,7 @@ import torch
 
 from helpers.checkpoints.state_dicts import as_float32, candidates, log_found, unfolded
 from helpers.errors import UserError
-from models import MODELS, default_frontend, get_model
+from models import FRONTENDS, MODELS, default_frontend, get_frontend, get_model
 from models.state_dicts import some
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def recognise(path: Path | str, content: Mapping[str, Any]) -> dict[str, Any]:
         raise ForeignError(f"{path}: {error}") from error
     except (IndexError, AttributeError, TypeError, ZeroDivisionError) as error:
         raise ForeignError(f"{path} is no {name} network, its weights have other shapes: {error}") from error
-    return _parts(path, name, config, state, frontend_options)
+    return _parts(path, name, config, state, frontend_options, found[0].others)
 
 
 def read_authors_file(path: Path | str, content: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -90,13 +91,42 @@ def _whole(path: Path | str, content: Mapping[str, Any], known: Mapping[str, typ
             f"{path} is a {part['name']} network without a classifier, so it names no scenes ({some(missing)} missing):"
             " fine-tune it first with run_training.py --pretrained"
         )
-    return _parts(path, part["name"], part["config"], part["state"], {})
+    return _parts(path, part["name"], part["config"], part["state"], {}, {})
 
 
-def _parts(path: Path | str, name: str, config: Mapping, state: Mapping, frontend_options: Mapping) -> dict[str, Any]:
-    frontend, options = default_frontend(name)
+def _parts(
+    path: Path | str, name: str, config: Mapping, state: Mapping, frontend_options: Mapping,
+    others: Mapping[str, torch.Tensor],
+) -> dict[str, Any]:  # fmt: skip
     log.info("%s is recognised as %s with %d classes", path, name, config["n_classes"])
+    frontend = read_frontend(path, others)
+    if frontend is None:
+        frontend, options = default_frontend(name)
+        frontend = frontend, options | frontend_options
+        log.warning(
+            "%s does not tell its front end: taken is %s, as published (--frontend, --hop_size and the others of "
+            "front ends say otherwise)",
+            path, _described(*frontend),
+        )  # fmt: skip
     return {
         "model": {"name": name, "config": dict(config), "state": state},
-        "frontend": {"name": frontend, "config": options | frontend_options, "state": {}},
+        "frontend": {"name": frontend[0], "config": frontend[1], "state": {}},
     }
+
+
+def read_frontend(path: Path | str, tensors: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, Any]] | None:
+    """Name and options of the front end whose buffers are among tensors; None where there is none that is known."""
+    for name, (_, cls) in FRONTENDS.items():
+        options = cls.recognise(tensors) if hasattr(cls, "recognise") else None
+        if options is not None:
+            log.warning(
+                "%s holds buffers of %s, which do not tell the hop: taken is %s (--hop_size says otherwise)",
+                path, name, _described(name, options),
+            )  # fmt: skip
+            return name, options
+    return None
+
+
+def _described(name: str, options: Mapping[str, Any]) -> str:
+    config = get_frontend(name, **options).config
+    return f"{name} with " + ", ".join(f"{key} {value}" for key, value in vars(config).items())

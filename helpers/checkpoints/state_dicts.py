@@ -25,7 +25,7 @@ class Candidate(NamedTuple):
     network: str
     where: str  # keys of the dicts around it and prefix of its names
     state: dict[str, Tensor]  # names without the prefix
-    others: list[str]  # what stands beside it and is not of it
+    others: dict[str, Tensor]  # what stands beside it and is not of it, by its whole name
 
 
 def candidates(content: Mapping[str, Any], entries: Mapping[str, str]) -> list[Candidate]:
@@ -93,7 +93,8 @@ def _candidate(network: str, keys: str, tensors: dict[str, Tensor], prefix: str)
         names = [name for name in names if not BESIDE.match(name)]
     inside = set(names)
     state = {name.removeprefix(prefix): tensors[name] for name in names}
-    return Candidate(network, f"{keys}{prefix}", state, [name for name in tensors if name not in inside])
+    others = {name: value for name, value in tensors.items() if name not in inside}
+    return Candidate(network, f"{keys}{prefix}", state, others)
 
 
 def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

@@ -6,7 +6,9 @@ published module resamples 44.1 kHz to 32 kHz inside, here the data set does tha
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from models.frontends import mel
 
 LOG_OFFSET = 1e-5
+RATES = (32000, 44100, 16000, 22050, 48000)  # that saved filters are compared with
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,24 @@ class Dcase24Mel(mel.Mel):
 
     def __init__(self, config: Dcase24MelConfig):
         super().__init__(config, torch.hann_window(config.win_length), mel.triangles(config, "htk", None))
+
+    @staticmethod
+    def recognise(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Options that the buffers of the published module tell, beside whose network they are saved; else None.
+
+        The hop leaves no trace. The rate and the edges of the bands are those whose filters are the saved ones.
+        """
+        ends = {"spectrogram.window": "win_length", "mel_scale.fb": "bank"}
+        found = {ends[end]: value for name, value in tensors.items() for end in ends if name.endswith(f".{end}")}
+        if found.keys() != set(ends.values()) or found["bank"].ndim != 2:
+            return None
+        n_fft, n_mels = 2 * (len(found["bank"]) - 1), found["bank"].shape[1]
+        options = {"n_fft": n_fft, "win_length": len(found["win_length"]), "n_mels": n_mels}
+        for rate in RATES:
+            config = Dcase24MelConfig(sample_rate=rate, **options)
+            if torch.allclose(mel.triangles(config, "htk", None).t(), found["bank"].float(), atol=1e-3):
+                return options | {"sample_rate": rate}
+        return None
 
     def compress_(self, bands: Tensor) -> Tensor:
         return bands.add_(LOG_OFFSET).log_()

@@ -23,6 +23,7 @@ class Frontend(Float32Constants):
     """Maps waveforms (batch, sample) in [-1, 1] to spectrograms (batch, 1, mel, time), float32; nothing is learned.
 
     Its config has a field `sample_rate` in Hz. Constants are buffers that are not persistent: a state dict has none.
+    A static `recognise(tensors)` may tell its options from buffers that others save beside a network, or None.
     """
 
     config: Any
