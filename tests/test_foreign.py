@@ -268,3 +268,25 @@ def test_a_file_that_does_not_tell_its_front_end_is_not_guessed_silently(tmp_pat
     odd["mel.1.mel_scale.fb"] = odd["mel.1.mel_scale.fb"].flip(1)  # filters of somebody's own
     torch.save(odd | {f"m.{k}": v for k, v in get_model("cp_mobile").state_dict().items()}, tmp_path / "odd.pt")
     assert type(load_model(tmp_path / "odd.pt").frontend.config).__name__ == "CpMelConfig"
+
+
+def test_of_a_container_with_networks_for_devices_the_general_one_is_taken(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    general, others = get_model("cp_mobile", base_channels=8), [get_model("cp_mobile", base_channels=8) for _ in "ab"]
+    state = {f"base_model.{name}": value for name, value in general.state_dict().items()}
+    for device, model in zip("ab", others, strict=True):
+        state |= {f"device_models.{device}.{name}": value for name, value in model.state_dict().items()}
+    flat = {"state_dict": {f"multi_device_model.{name}": value for name, value in state.items()}}
+    nested = {
+        "original_model": general.state_dict(),
+        "device_models": {device: model.state_dict() for device, model in zip("ab", others, strict=True)},
+        "multi_device_student": {f"original_model.{name}": value for name, value in general.state_dict().items()},
+    }
+    for content in (flat, nested):
+        torch.save(content, tmp_path / "w.pt")
+        loaded = load_model(tmp_path / "w.pt").model.state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in general.state_dict().items())
+    assert "not used: multi_device_model.device_models.a." in caplog.text
+    torch.save({"device_models": nested["device_models"]}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"more than one network .*device_models.a"):
+        load_model(tmp_path / "w.pt")

@@ -16,6 +16,7 @@ DEPTH = 4  # of dicts within dicts that are searched
 OF_TEACHER = re.compile(r"(^|[._])teachers?([._0-9]|$)")
 # Parts of distillation beside a network whose names have no prefix.
 BESIDE = re.compile(r"^(\w*teachers?\w*|\w*proj(ect\w*|s|\d*)?(_\w+)?|regressor\w*|adapter\w*)\.")
+OF_DEVICE = re.compile(r"(^|\.)device_models\.[^.]+\.$")  # in the container of DCASE 2025, beside the general network
 OF_OBSERVERS = re.compile(r"(^|\.)(weight_fake_quant|activation_post_process|\w*observer)\.")
 
 
@@ -29,7 +30,9 @@ class Candidate(NamedTuple):
 
 
 def candidates(content: Mapping[str, Any], entries: Mapping[str, str]) -> list[Candidate]:
-    """The networks in a file; a teacher only where there is nothing else, and weights that are there twice once.
+    """The networks in a file; weights that are there twice once.
+
+    A teacher is left aside where there is anything else, and networks for single devices where there is a general one.
 
     Args:
         entries: network -> name of a tensor that only its state dict has.
@@ -42,7 +45,8 @@ def candidates(content: Mapping[str, Any], entries: Mapping[str, str]) -> list[C
                     found.append(_candidate(network, keys, tensors, name.removesuffix(entry)))
     students = [candidate for candidate in found if not OF_TEACHER.search(candidate.where)]
     unique: list[Candidate] = []
-    for candidate in students or found:
+    general = [candidate for candidate in students if not OF_DEVICE.search(candidate.where)]
+    for candidate in general or students or found:
         if not any(_same(candidate.state, other.state) for other in unique):
             unique.append(candidate)
     return unique
