@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from helpers.checkpoints.checkpoint import CheckpointError, LoadedModel, load_model
 from helpers.fetch.download import file_hash
-from helpers.fetch.resources import PUBLISHED_RUN, published_checkpoint, teacher_file
+from helpers.fetch.resources import published_file
 from helpers.machine import Machine
 from helpers.quantization import for_target
 from helpers.runs.folder import trained_checkpoint
-from models.published import OLD_NAMES, TEACHERS, published_name
+from models.published import ALIASES, OLD_NAMES, PUBLISHED, TEACHERS, published_name
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class TeacherSource:
 
     name: str  # short, for metric keys and tables
     path: Path | None  # None: a published file that is fetched when it is needed
-    published: str | None = None  # key of TEACHERS
+    published: str | None = None  # key of PUBLISHED
     frontend: nn.Module | None = None  # that the command line states, where the file records none
 
     def fetch(self) -> "TeacherSource":
@@ -44,7 +44,7 @@ class TeacherSource:
         """
         if self.path is not None:
             return self
-        return replace(self, path=teacher_file(self.published) if self.published else published_checkpoint())
+        return replace(self, path=published_file(self.published))
 
     def load(self) -> LoadedModel:
         """Network and front end, in eval mode on the CPU.
@@ -55,12 +55,12 @@ class TeacherSource:
         if self.published is None:
             loaded = load_model(self.path)
             return loaded if self.frontend is None else replace(loaded, frontend=self.frontend)
-        teacher = TEACHERS[self.published]
+        row = PUBLISHED[self.published]
         try:
-            return load_model(self.path, (teacher.architecture, teacher.options))
+            return load_model(self.path, None if row.options is None else (row.architecture, row.options))
         except CheckpointError as error:
             raise CheckpointError(
-                f"{error}; it should be the {teacher.architecture} {self.published}: delete {self.path} and its entry "
+                f"{error}; it should be the {row.architecture} {self.published}: delete {self.path} and its entry "
                 f"in {self.path.with_name('checksums.json')} to have it downloaded again"
             ) from error
 
@@ -88,13 +88,13 @@ def find_teacher(spec: str, project: str) -> TeacherSource:
         return TeacherSource(path.parent.parent.name if path.parent.name == "checkpoints" else path.stem, path)
     if (path := trained_checkpoint(project, spec)) is not None:
         return TeacherSource(Path(spec).name, path)
-    if spec == PUBLISHED_RUN:
-        return TeacherSource(spec, None)
+    if spec in PUBLISHED or spec in ALIASES:
+        return TeacherSource(spec, None, published_name(spec))
     runs = sorted(folder.parent.name for folder in Path(project).glob("*/checkpoints"))
     runs = [run for run in runs if trained_checkpoint(project, run) is not None]
     raise CheckpointError(
         f"no teacher {spec}: there is no such file and no such run (runs in {project}: {', '.join(runs) or 'none'}); "
-        f"published: {', '.join(TEACHERS)}"
+        f"published: {', '.join([*ALIASES, *PUBLISHED])}"
     )
 
 

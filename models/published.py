@@ -1,45 +1,93 @@
-"""Published teachers by name: one row for each set of weights.
+"""Published networks by name, students and teachers: one row for each set of weights.
 
-The published weights are plain state dicts of CP-ResNet and PaSST, see F. Schmid et al., "Distilling the Knowledge of
-Transformers and CNNs with CP-Mobile", DCASE Workshop 2023, https://github.com/fschmid56/cpjku_dcase23.
+Sources: F. Schmid et al., "Distilling the Knowledge of Transformers and CNNs with CP-Mobile", DCASE Workshop 2023,
+https://github.com/fschmid56/cpjku_dcase23; H. Li et al., DCASE 2025, https://github.com/HaoWLee/dcase2025_task1_Li_NTU.
+Nothing of them is kept in this repository: a file is fetched from its authors when it is asked for.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from types import MappingProxyType
 from typing import Any
-
-RELEASE = "https://github.com/fschmid56/cpjku_dcase23/releases/download/ensemble_logits"
+from urllib.parse import quote
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """One published set of weights."""
+class Published:
+    """One published set of weights.
 
-    architecture: str  # key of models.MODELS
-    file: str  # in RELEASE
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the network, where it is not the default one
+    Args:
+        architecture: key of models.MODELS.
+        url: of the file; those in a git repository by commit.
+        sha256: of the file; None where nobody states it: then the first download is recorded and compared from then on.
+        options: of the network, for a bare state dict; None: read off the weights.
+        frontend: name and options; None: the network's own.
+        accuracy: as published, and on what.
+        licence: None where the repository has none: use is for the user to settle with the authors.
+    """
+
+    architecture: str
+    url: str
+    sha256: str | None = None
+    options: Mapping[str, Any] | None = None
+    frontend: tuple[str, Mapping[str, Any]] | None = None
+    accuracy: str = ""
+    licence: str | None = None
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.url).suffix
 
 
-CP_RESNET = ("cp_resnet", {})
-PASST = ("passt", {"s_patchout_f": 6})  # of training; inert in eval mode
+def in_git(repository: str, commit: str, path: str) -> str:
+    """Address of a file on GitHub as it was at a commit."""
+    return f"https://raw.githubusercontent.com/{repository}/{commit}/{quote(path)}"
 
-TEACHERS: dict[str, Teacher] = {
-    name: Teacher(architecture, f"{name}.pt", options)
-    for name, (architecture, options) in {
-        "passt_dirfms_1": PASST,  # device impulse responses and Freq-MixStyle
-        "passt_dirfms_2": PASST,
-        "passt_dirfms_3": PASST,
-        "passt_fms_1": PASST,  # Freq-MixStyle
-        "passt_fms_2": PASST,
-        "passt_fms_3": PASST,
-        "cpr_128k_dirfms_1": CP_RESNET,
-        "cpr_128k_dirfms_2": CP_RESNET,
-        "cpr_128k_dirfms_3": CP_RESNET,
-        "cpr_128k_fms_1": CP_RESNET,
-        "cpr_128k_fms_2": CP_RESNET,
-        "cpr_128k_fms_3": CP_RESNET,
-    }.items()
-}
+
+CPJKU = "fschmid56/cpjku_dcase23"
+RELEASE = f"https://github.com/{CPJKU}/releases/download/ensemble_logits"
+LI = "HaoWLee/dcase2025_task1_Li_NTU", "7d467d6ab31001c55d55d91576d0cd844ac88ad9"
+CP_RESNET: Mapping[str, Any] = MappingProxyType({})
+PASST = MappingProxyType({"s_patchout_f": 6})  # of training; inert in eval mode
+CP_MEL = ("cp_mel", MappingProxyType({}))
+
+PUBLISHED: dict[str, Published] = {
+    "c0a7nzin": Published(
+        "cp_mobile",
+        in_git(CPJKU, "2e20abaa64264f227c50696e5a43d4c706543ff4",
+               "DCASE23_Task1/c0a7nzin/checkpoints/epoch=149-step=81900.ckpt"),
+        "41a1ff72cadb90f6ce0345ed961822f7d0a77ab92b5fcafe9e07d00d891ce118",
+        frontend=CP_MEL,
+    ),
+    "li2025_1": Published(
+        "cp_mobile", in_git(*LI, "averaged_ckpt/averaged_model_sub1.ckpt"),
+        "f700291b5792d73783cb47b43482006dc779de1fe93ed2f99c8774bf32885c31",
+        frontend=CP_MEL, accuracy="58.79 % on TAU22's test part, on which it was selected; trained on 25 %",
+    ),
+    "li2025_2": Published(
+        "cp_mobile", in_git(*LI, "averaged_ckpt/averaged_model_sub2.ckpt"),
+        "a58b7510c3343945bf06395e1b6183c988023b88fe398695e48029af2b9bb442",
+        frontend=CP_MEL, accuracy="59.32 % on TAU22's test part, on which it was selected; trained on 25 %",
+    ),
+    "li2025_teacher": Published(
+        "cp_resnet", in_git(*LI, "teacher_ckpt/via2gkii/checkpoints/epoch=149-step=20550.ckpt"),
+        "9e39e29c6b65ec615c57646a389eab25147a31b12c50f32c119531229601a031",
+        frontend=("cp_mel", MappingProxyType({"hop_length": 750})),
+    ),
+}  # fmt: skip
+# The teachers of CP-JKU 2023: device impulse responses and Freq-MixStyle (dirfms), or Freq-MixStyle alone (fms).
+TEACHERS: dict[str, Published] = {
+    f"{name}_{i}": Published(architecture, f"{RELEASE}/{name}_{i}.pt", options=options)
+    for name, architecture, options in (
+        ("passt_dirfms", "passt", PASST), ("passt_fms", "passt", PASST),
+        ("cpr_128k_dirfms", "cp_resnet", CP_RESNET), ("cpr_128k_fms", "cp_resnet", CP_RESNET),
+    )
+    for i in (1, 2, 3)
+}  # fmt: skip
+PUBLISHED |= TEACHERS
+BY_SHA256 = {row.sha256: name for name, row in PUBLISHED.items() if row.sha256}
+ALIASES = {"cpjku2023": "c0a7nzin"}
 
 # Names in the README before 2023-08-08 -> the teacher with the same augmentation that took the place; None: gone.
 # They stood for other networks (CP-ResNet: 22,050 Hz, rho 7, 128 base channels) that are published no more.
@@ -60,16 +108,17 @@ OLD_NAMES: dict[str, str | None] = {
 
 
 def published_name(name: str) -> str:
-    """The key of `TEACHERS` that a name, today's or an older one, stands for.
+    """The key of `PUBLISHED` that a name, an alias or an older name stands for.
 
     Raises:
-        ValueError: for a teacher that is published no more, and for an unknown name; the message lists the known.
+        ValueError: for a network that is published no more, and for an unknown name; the message lists the known.
     """
-    known = f"published: {', '.join(TEACHERS)}"
-    if name in TEACHERS:
+    known = f"published: {', '.join([*ALIASES, *PUBLISHED])}"
+    name = ALIASES.get(name, name)
+    if name in PUBLISHED:
         return name
     if name not in OLD_NAMES:
-        raise ValueError(f"unknown teacher {name!r}; {known}")
+        raise ValueError(f"unknown network {name!r}; {known}")
     if OLD_NAMES[name] is None:
         raise ValueError(f"the teacher {name} is published no more and nothing took its place; {known}")
     return OLD_NAMES[name]

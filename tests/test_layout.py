@@ -73,7 +73,7 @@ def test_no_module_needs_itself():
 # Where a single network, front end, loss or augmentation may be named: its own files, and the tables.
 PARTS = {
     "models": {
-        r"cp_?mobile": ("models/cp_mobile.py", "models/__init__.py"),
+        r"cp_?mobile": ("models/cp_mobile.py", "models/__init__.py", "models/published.py"),
         r"cp_?resnet": ("models/cp_resnet.py", "models/__init__.py", "models/published.py"),
         r"^passt$|^Passt[A-Z]|models\.passt": ("models/passt.py", "models/__init__.py", "models/published.py"),
         r"^beats(_\w+)?$|^Beats|models\.beats": ("models/beats.py", "models/beats_checkpoint.py", "models/__init__.py"),
@@ -81,7 +81,7 @@ PARTS = {
     "models/frontends": {
         r"cp_?mel": (
             "models/frontends/cp_mel", "models/__init__.py",
-            "models/cp_resnet.py", "models/passt.py",  # whose default it is
+            "models/cp_resnet.py", "models/passt.py", "models/published.py",  # whose default it is
         ),
         r"dcase24_?mel": ("models/frontends/dcase24_mel.py", "models/__init__.py"),
         r"sp4asc_?mel": ("models/frontends/sp4asc_mel.py", "models/__init__.py"),

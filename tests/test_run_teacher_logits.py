@@ -257,7 +257,7 @@ def poison(path: str, change) -> None:
 @pytest.mark.parametrize(
     ("prepare", "teachers", "message"),
     [
-        (lambda: None, ["nobody"], r"no teacher nobody.*runs in proj: resnet\); published: passt_dirfms_1"),
+        (lambda: None, ["nobody"], r"no teacher nobody.*runs in proj: resnet\); published: .*passt_dirfms_1"),
         (lambda: None, ["passt_dir_1"], "published no more"),
         (lambda: Path("page.pt").write_text("<html>"), ["page.pt"], "is a web page"),
         (lambda: poison("beats.pt", lambda c: c.update(scenes=list("abcdefghij"))), ["beats.pt"], "scenes a, b, c"),

@@ -50,7 +50,7 @@ def here(tau, tmp_path, monkeypatch) -> Path:
     torch.save(
         get_model("cp_resnet", base_channels=16, cut_channels_s3=18).state_dict(), tmp_path / "cpr_128k_fms_2.pt"
     )
-    monkeypatch.setattr(teachers, "teacher_file", lambda name: tmp_path / f"{name}.pt")
+    monkeypatch.setattr(teachers, "published_file", lambda name: tmp_path / f"{name}.pt")
     return tmp_path
 
 

@@ -1,4 +1,6 @@
 import math
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -6,13 +8,14 @@ import torch
 
 from datasets.tau import SCENES, read_meta
 from helpers import teachers
-from helpers.checkpoints.checkpoint import CheckpointError, check_scenes, describe, save_checkpoint
+from helpers.checkpoints.checkpoint import CheckpointError, check_scenes, describe, load_model, save_checkpoint
 from helpers.fetch import resources
 from helpers.fetch.download import DownloadError
 from helpers.machine import Machine
+from helpers.runs import folder as runs_folder
 from helpers.teachers import PartFile, find_teacher, find_teachers, load_teacher_model, mean_logits, unique_names
 from models import FRONTENDS, MODELS, default_frontend, get_frontend, get_model
-from models.published import OLD_NAMES, RELEASE, TEACHERS, published_name
+from models.published import ALIASES, OLD_NAMES, PUBLISHED, RELEASE, TEACHERS, published_name
 from tests.golden_inputs import clip, fill_state, wave
 from tests.http_server import FileServer, Served
 
@@ -27,8 +30,8 @@ def served(tmp_path, monkeypatch):
     """A server in the place of the release, and an own resources folder."""
     with FileServer({}) as server:
         folder = tmp_path / "resources"
-        fetch = resources.teacher_file
-        monkeypatch.setattr(teachers, "teacher_file", lambda name: fetch(name, folder, server.url("")))
+        fetch = resources.published_file
+        monkeypatch.setattr(teachers, "published_file", lambda name: fetch(name, folder, server.url(f"/{name}.pt")))
         yield server, folder
 
 
@@ -41,11 +44,63 @@ def test_every_published_teacher_has_its_row():
     kinds = {"passt_dirfms": "passt", "passt_fms": "passt", "cpr_128k_dirfms": "cp_resnet", "cpr_128k_fms": "cp_resnet"}
     wanted = {f"{kind}_{n}": architecture for kind, architecture in kinds.items() for n in (1, 2, 3)}
     assert {name: teacher.architecture for name, teacher in TEACHERS.items()} == wanted
-    assert all(teacher.file == f"{name}.pt" for name, teacher in TEACHERS.items())
+    assert all(teacher.url == f"{RELEASE}/{name}.pt" for name, teacher in TEACHERS.items())
     assert RELEASE == "https://github.com/fschmid56/cpjku_dcase23/releases/download/ensemble_logits"
     for architecture in MODELS:
         name, options = default_frontend(architecture)
         get_frontend(name, **options)
+
+
+def test_rows_of_published_networks_are_whole():
+    for name, row in PUBLISHED.items():
+        assert row.architecture in MODELS and row.url.startswith("https://"), name
+        assert row.sha256 is None or re.fullmatch("[0-9a-f]{64}", row.sha256), name
+        assert (row.sha256 is None) == (row.options is not None), name  # a bare state dict, or what a file says itself
+        if "raw.githubusercontent.com" in row.url:
+            assert re.fullmatch("[0-9a-f]{40}", row.url.split("/")[5]), name  # by commit, not by branch
+        if row.frontend is not None:
+            get_frontend(row.frontend[0], **row.frontend[1])
+    assert set(ALIASES.values()) <= PUBLISHED.keys() and not ALIASES.keys() & PUBLISHED.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "golden"),
+    [
+        (
+            "cpjku2023",
+            "cpjku_dcase23/c0a7nzin/checkpoints/epoch=149-step=81900.ckpt",
+            "cpjku_dcase23/checkpoint_real_clips",
+        ),
+        ("li2025_2", "dcase2025/li_sub2_checkpoint.ckpt", "dcase2025/li_sub2"),
+    ],
+)  # fmt: skip
+def test_a_published_student_is_fetched_by_name_and_gives_the_published_logits(
+    tmp_path, monkeypatch, shared, caplog, name, file, golden
+):
+    content, data = shared(f"golden/{file}").read_bytes(), torch.load(shared(f"golden/{golden}.pt"), weights_only=True)
+    with FileServer({"/weights.ckpt": Served(content)}) as server:
+        fetch = partial(resources.published_file, folder=tmp_path, url=server.url("/weights.ckpt"))
+        monkeypatch.setattr(runs_folder, "published_file", fetch)
+        monkeypatch.setattr(teachers, "published_file", fetch)
+        path = runs_folder.source_checkpoint("no_project", None, name)
+        assert path == runs_folder.source_checkpoint("no_project", name, None)
+        assert teachers.find_teachers([name], "no_project")[0].path == path
+        assert len(server.requests) == 1
+    loaded = load_model(path)
+    assert loaded.is_recorded and "does not tell its front end" not in caplog.text  # its bytes are known
+    log_mel = data["spec"] if "spec" in data else data["logmel"][None]
+    logits = data["logits"] if "logits" in data else data["logits_fp32"]["general"][:1]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(log_mel), logits, rtol=0, atol=1e-3)
+
+
+def test_another_file_under_the_address_of_a_published_one_is_refused(tmp_path):
+    with (
+        FileServer({"/weights.ckpt": Served(b"something else")}) as server,
+        pytest.raises(DownloadError, match="sha256"),
+    ):
+        resources.published_file("li2025_1", tmp_path, server.url("/weights.ckpt"))
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("old", "new"), OLD_NAMES.items())
@@ -84,7 +139,7 @@ def test_a_published_passt_gives_the_published_logits(tmp_path, monkeypatch, sha
     data = torch.load(shared("golden/cpjku_dcase23/e2e_passt.pt"), weights_only=True)
     path = tmp_path / "passt_fms_3.pt"
     torch.save(fill_state(get_model("passt")).state_dict(), path)
-    monkeypatch.setattr(teachers, "teacher_file", lambda name: tmp_path / f"{name}.pt")
+    monkeypatch.setattr(teachers, "published_file", lambda name: tmp_path / f"{name}.pt")
     check_golden(data, load_teacher_model("passt_fms_3", "no_project"))
     assert load_teacher_model(str(path), "no_project").model.config.arch == "passt_s_swa_p16_128_ap476"
     path.unlink()  # 0.3 GB
@@ -169,7 +224,7 @@ def test_a_name_may_be_a_run_or_a_file(tmp_path, monkeypatch):
     found = find_teachers(["abcd", "other/abcd/checkpoints/last.pt", "w.pt"], "proj")
     assert [source.name for source in found] == ["abcd", "abcd_2", "w"]
     with pytest.raises(
-        CheckpointError, match=r"no teacher efgh: .*\(runs in proj: abcd\); published: passt_dirfms_1, "
+        CheckpointError, match=r"no teacher efgh: .*\(runs in proj: abcd\); published: .*passt_dirfms_1, "
     ):
         find_teacher("efgh", "proj")
     with pytest.raises(CheckpointError, match="published no more"):

@@ -21,10 +21,12 @@ from datasets.torch_file import read_torch_file
 from helpers.checkpoints.foreign import ForeignError, recognise
 from helpers.data import Data
 from helpers.errors import UserError
+from helpers.fetch.download import file_hash
 from helpers.loop import NonFiniteLossError, Update
 from helpers.quantization import prepare
 from models import FRONTENDS, MODELS, default_frontend, get_frontend, get_model
 from models.layers.core import QuantConfig
+from models.published import BY_SHA256, PUBLISHED
 from models.state_dicts import differences
 
 log = logging.getLogger(__name__)
@@ -236,7 +238,7 @@ def load_model(path: Path | str, network: tuple[str, Mapping[str, Any]] | None =
     Raises:
         CheckpointError: when the file is missing, damaged or foreign, or its weights do not fit the network it names.
     """
-    path = Path(path)
+    path, row = Path(path), None
     content = load_file(path)
     if network is not None:
         (name, options), (frontend, frontend_options) = network, default_frontend(network[0])
@@ -247,8 +249,10 @@ def load_model(path: Path | str, network: tuple[str, Mapping[str, Any]] | None =
     elif content.get("format") == FORMAT:
         parts = content
     else:
+        row = PUBLISHED.get(BY_SHA256.get(file_hash(path, "sha256"), ""))
+        own = row and (row.frontend or default_frontend(row.architecture))
         try:
-            parts = recognise(path, content)
+            parts = recognise(path, content, own)
         except ForeignError as error:
             raise CheckpointError(str(error)) from error
     precision = parts.get("precision", "fp32")
@@ -267,7 +271,7 @@ def load_model(path: Path | str, network: tuple[str, Mapping[str, Any]] | None =
         precision=precision,
         scenes=scenes,
         content=content,
-        is_recorded=parts is content or network is not None,
+        is_recorded=parts is content or network is not None or row is not None,
     )
 
 

@@ -26,12 +26,15 @@ class ForeignError(UserError, ValueError):
     """A checkpoint that is not of this project holds no network that is known here, or not the whole of it."""
 
 
-def recognise(path: Path | str, content: Mapping[str, Any]) -> dict[str, Any]:
+def recognise(
+    path: Path | str, content: Mapping[str, Any], frontend: tuple[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
     """The parts `model` and `frontend` ({name, config, state} each) of a checkpoint that is not of this project.
 
     Args:
         path: for messages.
         content: what `torch.load` returns.
+        frontend: name and options, where they are known.
 
     Raises:
         ForeignError: when it holds none of the known networks, or an incomplete one.
@@ -57,6 +60,11 @@ def recognise(path: Path | str, content: Mapping[str, Any]) -> dict[str, Any]:
         raise ForeignError(f"{path}: {error}") from error
     except (IndexError, AttributeError, TypeError, ZeroDivisionError) as error:
         raise ForeignError(f"{path} is no {name} network, its weights have other shapes: {error}") from error
+    if frontend is not None:
+        return {
+            "model": {"name": name, "config": dict(config), "state": state},
+            "frontend": {"name": frontend[0], "config": dict(frontend[1]), "state": {}},
+        }
     return _parts(path, name, config, state, frontend_options, found[0].others)
 
 

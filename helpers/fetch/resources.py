@@ -18,15 +18,8 @@ from helpers.checkpoints.foreign import recognise
 from helpers.fetch.download import UnreachableError, fetch
 from helpers.fetch.recorded import fetch_recorded
 from models import get_model
-from models.published import RELEASE, TEACHERS, Teacher
+from models.published import PUBLISHED, Published
 from models.state_dicts import differences
-
-PUBLISHED_RUN = "c0a7nzin"
-PUBLISHED_URL = (
-    "https://raw.githubusercontent.com/fschmid56/cpjku_dcase23/2e20abaa64264f227c50696e5a43d4c706543ff4/"
-    f"DCASE23_Task1/{PUBLISHED_RUN}/checkpoints/epoch%3D149-step%3D81900.ckpt"
-)
-PUBLISHED_SHA256 = "41a1ff72cadb90f6ce0345ed961822f7d0a77ab92b5fcafe9e07d00d891ce118"
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +45,20 @@ def teacher_logits_file(folder: Path = RESOURCES, url: str = TEACHER_LOGITS_URL)
         return _recorded(url, folder / "ensemble_logits.pt", _check_logits)
 
 
-def teacher_file(name: str, folder: Path = RESOURCES, url: str = RELEASE) -> Path:
-    """The weights of a published teacher; size and checksum are recorded once it has loaded.
+def published_file(name: str, folder: Path = RESOURCES, url: str | None = None) -> Path:
+    """The weights of a published network; size and checksum are those of its row, or recorded once it has loaded.
 
     Args:
-        name: key of models.published.TEACHERS.
-        url: of the folder that the file is in.
+        name: key of models.published.PUBLISHED.
+        url: of the file, where it is not at its authors'.
     """
-    teacher = TEACHERS[name]
-    return _recorded(f"{url}/{teacher.file}", folder / teacher.file, partial(_check_teacher, teacher))
+    row = PUBLISHED[name]
+    path, url = folder / f"{name}{row.suffix}", url or row.url
+    if row.licence is None and not path.exists():
+        log.info("fetching %s; its repository states no licence", url)
+    if row.sha256 is not None:
+        return fetch(url, path, sha256=row.sha256)
+    return _recorded(url, path, partial(_check_published, row))
 
 
 def pretrained_file(network: str, url: str, folder: Path = RESOURCES) -> Path:
@@ -76,11 +74,6 @@ def pretrained_file(network: str, url: str, folder: Path = RESOURCES) -> Path:
 def subset_file(subset: int, folder: Path = RESOURCES / "split_setup", url: str = SUBSET_URL) -> Path:
     """The list of one of TAU22's data-efficient training splits."""
     return _recorded(url.format(subset=subset), folder / f"split{subset}.csv", _check_list)
-
-
-def published_checkpoint(folder: Path = RESOURCES, url: str = PUBLISHED_URL) -> Path:
-    """The published CP-Mobile student, fetched when missing."""
-    return fetch(url, folder / f"{PUBLISHED_RUN}.ckpt", sha256=PUBLISHED_SHA256)
 
 
 @contextmanager
@@ -114,12 +107,12 @@ def _weights(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _check_teacher(teacher: Teacher, path: Path) -> None:
+def _check_published(row: Published, path: Path) -> None:
     state = _weights(path)
     with torch.device("meta"):  # names and shapes are all that is wanted
-        expected = get_model(teacher.architecture, **teacher.options).state_dict()
+        expected = get_model(row.architecture, **row.options).state_dict()
     if what := differences(state, expected):
-        raise ContentError(f"{path} is not the {teacher.architecture}: {what}")
+        raise ContentError(f"{path} is not the {row.architecture}: {what}")
 
 
 def _check_network(network: str, path: Path) -> None:

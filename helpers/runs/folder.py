@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 from helpers.checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from helpers.fetch.resources import PUBLISHED_RUN, published_checkpoint
+from helpers.fetch.resources import published_file
+from models.published import ALIASES, PUBLISHED, published_name
 
 
 def known_runs(project: str) -> str:
@@ -51,19 +52,21 @@ def trained_checkpoint(project: str, run: str) -> Path | None:
 
 
 def source_checkpoint(project: str, run: str | None, checkpoint: str | None) -> Path:
-    """The checkpoint that --wandb_id or --checkpoint names; the published one is fetched when it is not there.
+    """The checkpoint that --wandb_id or --checkpoint names; a published network is fetched when it is not there.
 
     Raises:
         CheckpointError: when not exactly one is named, or there is no such run.
     """
-    there_is = f"runs in {project}: {known_runs(project)}; published: {PUBLISHED_RUN}"
+    there_is = f"runs in {project}: {known_runs(project)}; published: {', '.join([*ALIASES, *PUBLISHED])}"
     if (run is None) == (checkpoint is None):
         raise CheckpointError(f"name a run with --wandb_id or a file with --checkpoint, one of them; {there_is}")
     if checkpoint is not None:
+        if (checkpoint in PUBLISHED or checkpoint in ALIASES) and not Path(checkpoint).exists():
+            return published_file(published_name(checkpoint))
         return Path(checkpoint)
     found = trained_checkpoint(project, run)
-    if found is None and run == PUBLISHED_RUN:
-        return published_checkpoint()
+    if found is None and (run in PUBLISHED or run in ALIASES):
+        return published_file(published_name(run))
     if found is None:
         raise CheckpointError(f"no run {run} with a checkpoint in {project}; {there_is}")
     return found
