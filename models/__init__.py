@@ -26,6 +26,7 @@ from models.frontends.dragonsearch_mel import DragonsearchMel, DragonsearchMelCo
 from models.frontends.kaldi_fbank import KaldiFbank, KaldiFbankConfig
 from models.frontends.sp4asc_mel import Sp4ascMel, Sp4ascMelConfig
 from models.passt import Passt, PasstConfig
+from models.tf_sepnet import TfSepnet, TfSepnetConfig
 
 # name -> (config, class); the keys are the choices on the command line.
 MODELS = {
@@ -33,6 +34,7 @@ MODELS = {
     "cp_resnet": (CpResnetConfig, CpResnet),
     "passt": (PasstConfig, Passt),
     "beats": (BeatsConfig, Beats),
+    "tf_sepnet": (TfSepnetConfig, TfSepnet),
 }
 FRONTENDS = {
     "cp_mel": (CpMelConfig, CpMel),

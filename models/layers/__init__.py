@@ -12,13 +12,18 @@ from torch import nn
 
 from models.layers.add import Add, FakeAdd
 from models.layers.avg_pool import AvgPool, FakeAvgPool
+from models.layers.axis_mean import AxisMean, FakeAxisMean
+from models.layers.channel_shuffle import ChannelShuffle, FakeChannelShuffle
+from models.layers.concat import Concat, FakeConcat
 from models.layers.conv_unit import ConvUnit, FakeConv, FakeConvUnit
 from models.layers.core import FakeLayer
 from models.layers.global_mean import FakeGlobalMean, GlobalMean
 from models.layers.linear import FakeLinear
 from models.layers.max_pool import FakeMaxPool
 from models.layers.relu import FakeRelu
+from models.layers.residual_norm import FakeResidualNorm, ResidualNorm
 from models.layers.response_norm import FakeResponseNorm, ResponseNorm
+from models.layers.split import FakeSplit, Split
 
 # float layer -> fake-quantized layer
 KINDS: dict[type[nn.Module], type[FakeLayer]] = {
@@ -31,7 +36,12 @@ KINDS: dict[type[nn.Module], type[FakeLayer]] = {
     nn.MaxPool2d: FakeMaxPool,
     GlobalMean: FakeGlobalMean,
     nn.AdaptiveAvgPool2d: FakeGlobalMean,
+    AxisMean: FakeAxisMean,
     ResponseNorm: FakeResponseNorm,
+    ResidualNorm: FakeResidualNorm,
+    ChannelShuffle: FakeChannelShuffle,
+    Split: FakeSplit,
+    Concat: FakeConcat,
     nn.ReLU: FakeRelu,  # where it is not part of the layer before it
 }
 # Layers that hand activations on and need no other form: dropouts are gone on the target.
