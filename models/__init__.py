@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from models.bc_resnet import BcResnet, BcResnetConfig
 from models.beats import Beats, BeatsConfig
 from models.cp_mobile import CpMobile, CpMobileConfig
 from models.cp_resnet import CpResnet, CpResnetConfig
@@ -35,6 +36,7 @@ MODELS = {
     "passt": (PasstConfig, Passt),
     "beats": (BeatsConfig, Beats),
     "tf_sepnet": (TfSepnetConfig, TfSepnet),
+    "bc_resnet": (BcResnetConfig, BcResnet),
 }
 FRONTENDS = {
     "cp_mel": (CpMelConfig, CpMel),

@@ -17,7 +17,7 @@ from models.layers.axis_mean import AxisMean
 from models.layers.channel_shuffle import ChannelShuffle
 from models.layers.concat import Concat
 from models.layers.conv_bn_relu import ConvBnRelu
-from models.layers.global_mean import GlobalMean
+from models.layers.conv_classifier import ConvClassifier
 from models.layers.residual_norm import ResidualNorm
 from models.layers.split import Split
 
@@ -83,17 +83,6 @@ class TimeFreqSepBlock(nn.Module):
         y1 = self.freq_add(x1, self.freq_dropout(y1))
         y2 = self.temp_add(x2, self.temp_dropout(y2))
         return self.concat(y1, y2)
-
-
-class ConvClassifier(nn.Module):
-    """Pointwise convolution to the classes, mean over freq and time."""
-
-    def __init__(self, c_in: int, n_classes: int):
-        super().__init__()
-        self.conv, self.pool = nn.Conv2d(c_in, n_classes, 1), GlobalMean()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pool(self.conv(x))
 
 
 class TfSepnet(nn.Module):

@@ -77,12 +77,13 @@ PARTS = {
         r"cp_?resnet": ("models/cp_resnet.py", "models/__init__.py", "models/published.py"),
         r"^passt$|^Passt[A-Z]|models\.passt": ("models/passt.py", "models/__init__.py", "models/published.py"),
         r"tf_?sepnet": ("models/tf_sepnet.py", "models/__init__.py"),
+        r"(?<!qualcomm_)(?<!qualcomm)bc_?resnet": ("models/bc_resnet.py", "models/__init__.py"),
         r"^beats(_\w+)?$|^Beats|models\.beats": ("models/beats.py", "models/beats_checkpoint.py", "models/__init__.py"),
     },
     "models/frontends": {
         r"cp_?mel": (
             "models/frontends/cp_mel", "models/__init__.py",
-            "models/cp_resnet.py", "models/passt.py", "models/published.py", "models/tf_sepnet.py",  # whose default it is
+            "models/cp_resnet.py", "models/passt.py", "models/published.py", "models/tf_sepnet.py", "models/bc_resnet.py",  # whose default it is
         ),
         r"dcase24_?mel": ("models/frontends/dcase24_mel.py", "models/__init__.py"),
         r"sp4asc_?mel": ("models/frontends/sp4asc_mel.py", "models/__init__.py"),

@@ -23,7 +23,9 @@ from models.layers.max_pool import FakeMaxPool
 from models.layers.relu import FakeRelu
 from models.layers.residual_norm import FakeResidualNorm, ResidualNorm
 from models.layers.response_norm import FakeResponseNorm, ResponseNorm
+from models.layers.silu import FakeSilu
 from models.layers.split import FakeSplit, Split
+from models.layers.sub_spectral_norm import FakeSubSpectralNorm, SubSpectralNorm
 
 # float layer -> fake-quantized layer
 KINDS: dict[type[nn.Module], type[FakeLayer]] = {
@@ -39,9 +41,11 @@ KINDS: dict[type[nn.Module], type[FakeLayer]] = {
     AxisMean: FakeAxisMean,
     ResponseNorm: FakeResponseNorm,
     ResidualNorm: FakeResidualNorm,
+    SubSpectralNorm: FakeSubSpectralNorm,
     ChannelShuffle: FakeChannelShuffle,
     Split: FakeSplit,
     Concat: FakeConcat,
+    nn.SiLU: FakeSilu,
     nn.ReLU: FakeRelu,  # where it is not part of the layer before it
 }
 # Layers that hand activations on and need no other form: dropouts are gone on the target.
