@@ -80,16 +80,8 @@ PARTS = {
         r"(?<!qualcomm_)(?<!qualcomm)bc_?resnet": ("models/bc_resnet.py", "models/__init__.py"),
         r"^beats(_\w+)?$|^Beats|models\.beats": ("models/beats.py", "models/beats_checkpoint.py", "models/__init__.py"),
     },
-    "models/frontends": {
-        r"cp_?mel": (
-            "models/frontends/cp_mel", "models/__init__.py",
-            "models/cp_resnet.py", "models/passt.py", "models/published.py", "models/tf_sepnet.py", "models/bc_resnet.py",  # whose default it is
-        ),
-        r"dcase24_?mel": ("models/frontends/dcase24_mel.py", "models/__init__.py"),
-        r"sp4asc_?mel": ("models/frontends/sp4asc_mel.py", "models/__init__.py"),
-        r"dragonsearch_?mel": ("models/frontends/dragonsearch_mel.py", "models/__init__.py"),
-        r"cnn3_?mel": ("models/frontends/cnn3_mel.py", "models/__init__.py"),
-        r"kaldi_?fbank": ("models/frontends/kaldi_fbank.py", "models/beats.py", "models/__init__.py"),
+    "models/frontends": {  # a network names the one that it takes by default
+        r"cp_?mel|dcase24_?mel|sp4asc_?mel|dragonsearch_?mel|cnn3_?mel|kaldi_?fbank": ("models/",),
     },
     "helpers/augment": {
         r"time_?roll|freq_?mix_?style|spec_?mask|share_?mask|device_?impulse_?response|mix_?up|pitch_?shift|spec_?stripes|GainConfig"
