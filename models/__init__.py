@@ -27,6 +27,7 @@ from models.frontends.dragonsearch_mel import DragonsearchMel, DragonsearchMelCo
 from models.frontends.kaldi_fbank import KaldiFbank, KaldiFbankConfig
 from models.frontends.sp4asc_mel import Sp4ascMel, Sp4ascMelConfig
 from models.passt import Passt, PasstConfig
+from models.qualcomm_bc_resnet import QualcommBcResnet, QualcommBcResnetConfig
 from models.tf_sepnet import TfSepnet, TfSepnetConfig
 
 # name -> (config, class); the keys are the choices on the command line.
@@ -37,6 +38,7 @@ MODELS = {
     "beats": (BeatsConfig, Beats),
     "tf_sepnet": (TfSepnetConfig, TfSepnet),
     "bc_resnet": (BcResnetConfig, BcResnet),
+    "qualcomm_bc_resnet": (QualcommBcResnetConfig, QualcommBcResnet),
 }
 FRONTENDS = {
     "cp_mel": (CpMelConfig, CpMel),

@@ -77,8 +77,9 @@ PARTS = {
         r"cp_?resnet": ("models/cp_resnet.py", "models/__init__.py", "models/published.py"),
         r"^passt$|^Passt[A-Z]|models\.passt": ("models/passt.py", "models/__init__.py", "models/published.py"),
         r"tf_?sepnet": ("models/tf_sepnet.py", "models/__init__.py"),
-        r"(?<!qualcomm_)(?<!qualcomm)bc_?resnet": ("models/bc_resnet.py", "models/__init__.py"),
         r"^beats(_\w+)?$|^Beats|models\.beats": ("models/beats.py", "models/beats_checkpoint.py", "models/__init__.py"),
+        r"^bc_?resnet|models\.bc_resnet": ("models/bc_resnet.py", "models/__init__.py"),
+        r"qualcomm": ("models/qualcomm_bc_resnet.py", "models/__init__.py"),
     },
     "models/frontends": {  # a network names the one that it takes by default
         r"cp_?mel|dcase24_?mel|sp4asc_?mel|dragonsearch_?mel|cnn3_?mel|kaldi_?fbank": ("models/",),
