@@ -18,6 +18,7 @@ from torch import nn
 
 from models.bc_resnet import BcResnet, BcResnetConfig
 from models.beats import Beats, BeatsConfig
+from models.cnn3 import Cnn3, Cnn3Config
 from models.cp_mobile import CpMobile, CpMobileConfig
 from models.cp_resnet import CpResnet, CpResnetConfig
 from models.frontends.cnn3_mel import Cnn3Mel, Cnn3MelConfig
@@ -39,6 +40,7 @@ MODELS = {
     "tf_sepnet": (TfSepnetConfig, TfSepnet),
     "bc_resnet": (BcResnetConfig, BcResnet),
     "qualcomm_bc_resnet": (QualcommBcResnetConfig, QualcommBcResnet),
+    "cnn3": (Cnn3Config, Cnn3),
 }
 FRONTENDS = {
     "cp_mel": (CpMelConfig, CpMel),

@@ -80,6 +80,7 @@ PARTS = {
         r"^beats(_\w+)?$|^Beats|models\.beats": ("models/beats.py", "models/beats_checkpoint.py", "models/__init__.py"),
         r"^bc_?resnet|models\.bc_resnet": ("models/bc_resnet.py", "models/__init__.py"),
         r"qualcomm": ("models/qualcomm_bc_resnet.py", "models/__init__.py"),
+        r"^cnn3$|^Cnn3(Config)?$|models\.cnn3": ("models/cnn3.py", "models/__init__.py"),
     },
     "models/frontends": {  # a network names the one that it takes by default
         r"cp_?mel|dcase24_?mel|sp4asc_?mel|dragonsearch_?mel|cnn3_?mel|kaldi_?fbank": ("models/",),
