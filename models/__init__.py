@@ -7,7 +7,8 @@ A network is built from its config and maps log-mel (batch, 1, mel, time) to log
   and which layers can stay as they are;
 - `skips_layers`: in training it leaves out layers now and then;
 - `entry`, `recognise(state)`, `read_authors_file(content)`: a tensor that only its state dict has, what the shapes tell
-  of its config, and the form that its authors save it in: so checkpoints that do not say what they hold are read.
+  of its config, and the form that its authors save it in: so checkpoints that do not say what they hold are read;
+- `claims(names)`: of networks that share an `entry`, whether a state dict with these names is its own.
 
 A front end is a `models.frontends.frontend.Frontend`, which lists what it declares.
 """
@@ -22,6 +23,7 @@ from models.cnn3 import Cnn3, Cnn3Config
 from models.cp_mobile import CpMobile, CpMobileConfig
 from models.cp_resnet import CpResnet, CpResnetConfig
 from models.frontends.cnn3_mel import Cnn3Mel, Cnn3MelConfig
+from models.dcase24_baseline import Dcase24Baseline, Dcase24BaselineConfig
 from models.frontends.cp_mel import CpMel, CpMelConfig
 from models.frontends.dcase24_mel import Dcase24Mel, Dcase24MelConfig
 from models.frontends.dragonsearch_mel import DragonsearchMel, DragonsearchMelConfig
@@ -41,6 +43,7 @@ MODELS = {
     "bc_resnet": (BcResnetConfig, BcResnet),
     "qualcomm_bc_resnet": (QualcommBcResnetConfig, QualcommBcResnet),
     "cnn3": (Cnn3Config, Cnn3),
+    "dcase24_baseline": (Dcase24BaselineConfig, Dcase24Baseline),
 }
 FRONTENDS = {
     "cp_mel": (CpMelConfig, CpMel),

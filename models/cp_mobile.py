@@ -6,7 +6,7 @@ function or in the state dict; the response normalisation is written as one mult
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -71,11 +71,17 @@ class CpMobileConfig:
 
 
 class CpMobileBlock(nn.Module):
-    """Pointwise expansion, depthwise 3x3, pointwise projection, shortcut where the width allows, norm, ReLU."""
+    """Pointwise expansion, depthwise 3x3, pointwise projection, shortcut where the width allows, norm, ReLU.
 
-    def __init__(self, c_in: int, c_out: int, expansion_rate: float, stride: Sequence[int]):
+    Args:
+        after_block: makes what follows the sum.
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, expansion_rate: float, stride: Sequence[int], after_block: Callable[[], nn.Module]
+    ):
         super().__init__()
-        self.after_block_norm = ResponseNorm()
+        self.after_block_norm = after_block()
         self.block = InvertedBottleneck(c_in, make_divisible(c_in * expansion_rate), c_out, stride)
         if c_in != c_out:
             self.shortcut = None
@@ -97,6 +103,7 @@ class CpMobile(nn.Module):
 
     entry = "in_c.0.0.weight"
     norms_may_be_folded = True  # in published checkpoints of quantization-aware training
+    after_block = ResponseNorm
 
     def __init__(self, config: CpMobileConfig):
         super().__init__()
@@ -115,7 +122,8 @@ class CpMobile(nn.Module):
                 name = f"b{n_built}"
                 c_in = widths[i] if j == 0 else widths[i + 1]
                 stride = config.strides.get(name, (1, 1))
-                stage.add_module(name, CpMobileBlock(c_in, widths[i + 1], config.expansion_rate, stride))
+                block = CpMobileBlock(c_in, widths[i + 1], config.expansion_rate, stride, self.after_block)
+                stage.add_module(name, block)
             self.stages.add_module(f"s{i + 1}", stage)
         self.feed_forward = ConvUnit(widths[-1], config.n_classes, 1, relu=False)
         self.pool = GlobalMean()
@@ -134,6 +142,11 @@ class CpMobile(nn.Module):
         return self.pool(x)
 
     @staticmethod
+    def claims(names: Collection[str]) -> bool:
+        """Whether a state dict is of this network, and not of one without response norms."""
+        return any(name.endswith(".after_block_norm.gamma") for name in names)
+
+    @staticmethod
     def recognise(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Config, and options of the front end, that the shapes of a state dict tell.
 
@@ -142,30 +155,39 @@ class CpMobile(nn.Module):
         Raises:
             ValueError: for widths that no config gives; LookupError for an incomplete state dict.
         """
-        stem = state["in_c.0.0.weight"]
-        base = state["in_c.1.0.weight"].shape[0]
-        named = re.compile(r"stages\.s([0-9]{1,9})\.b([0-9]{1,9})\.block\.2\.0\.weight")
-        blocks = [m.groups() for name in state if (m := named.fullmatch(name))]
-        n_stages = max((int(s) for s, _ in blocks), default=0)
-        if len({int(s) for s, _ in blocks}) != max(n_stages, 1):
-            raise KeyError("stages")
-        expansions = [tuple(state[f"stages.s{s}.b{b}.block.0.0.weight"].shape[1::-1]) for s, b in blocks]
-        last = {int(s): state[f"stages.s{s}.b{b}.block.2.0.weight"].shape[0] for s, b in blocks}
-        multiplier = _nearest(
-            lambda m: all(make_divisible(base * m ** (stage - 1)) == width for stage, width in last.items()),
-            CpMobileConfig.channels_multiplier,
-        )
-        rate = _nearest(
-            lambda r: all(make_divisible(c * r) == width for c, width in expansions), CpMobileConfig.expansion_rate
-        )
-        return {
-            "n_classes": state["feed_forward.0.weight"].shape[0],
-            "in_channels": stem.shape[1],
-            "base_channels": base,
-            "channels_multiplier": multiplier,
-            "expansion_rate": rate,
-            "n_blocks": [sum(int(s) == i for s, _ in blocks) for i in range(1, 1 + n_stages)],
-        }, {}
+        if not CpMobile.claims(state):
+            raise KeyError("after_block_norm.gamma")
+        return read_shapes(state, CpMobileConfig), {}
+
+
+def read_shapes(state: Mapping[str, Tensor], config: type[CpMobileConfig]) -> dict[str, Any]:
+    """What the shapes of a state dict tell of its config; of values that give the same, those nearest to its defaults.
+
+    Raises:
+        ValueError: for widths that no config gives; LookupError for an incomplete state dict.
+    """
+    stem = state["in_c.0.0.weight"]
+    base = state["in_c.1.0.weight"].shape[0]
+    named = re.compile(r"stages\.s([0-9]{1,9})\.b([0-9]{1,9})\.block\.2\.0\.weight")
+    blocks = [m.groups() for name in state if (m := named.fullmatch(name))]
+    n_stages = max((int(s) for s, _ in blocks), default=0)
+    if len({int(s) for s, _ in blocks}) != max(n_stages, 1):
+        raise KeyError("stages")
+    expansions = [tuple(state[f"stages.s{s}.b{b}.block.0.0.weight"].shape[1::-1]) for s, b in blocks]
+    last = {int(s): state[f"stages.s{s}.b{b}.block.2.0.weight"].shape[0] for s, b in blocks}
+    multiplier = _nearest(
+        lambda m: all(make_divisible(base * m ** (stage - 1)) == width for stage, width in last.items()),
+        config.channels_multiplier,
+    )
+    rate = _nearest(lambda r: all(make_divisible(c * r) == width for c, width in expansions), config.expansion_rate)
+    return {
+        "n_classes": state["feed_forward.0.weight"].shape[0],
+        "in_channels": stem.shape[1],
+        "base_channels": base,
+        "channels_multiplier": multiplier,
+        "expansion_rate": rate,
+        "n_blocks": [sum(int(s) == i for s, _ in blocks) for i in range(1, 1 + n_stages)],
+    }
 
 
 def _nearest(fits: Callable[[float], bool], default: float) -> float:

@@ -44,12 +44,7 @@ def cp_mobile(size=(32, 2.3, 3), **options) -> nn.Module:
 
 
 def baseline() -> nn.Module:
-    """The network of the 2024 and 2025 baselines: CP-Mobile with other strides, and a ReLU for the response norm."""
-    model = cp_mobile((32, 1.8, 2.1), strides={"b3": (1, 2), "b4": (2, 1)})
-    for stage in model.stages:
-        for block in stage:
-            block.after_block_norm = nn.ReLU()
-    return model
+    return get_model("dcase24_baseline")
 
 
 @pytest.mark.parametrize("size", PUBLISHED_SIZES, ids=str)

@@ -40,7 +40,7 @@ def recognise(
         ForeignError: when it holds none of the known networks, or an incomplete one.
     """
     known = {name: cls for name, (_, cls) in MODELS.items() if hasattr(cls, "recognise")}
-    found = candidates(content, {name: cls.entry for name, cls in known.items()})
+    found = candidates(content, known)
     if not found:
         return _whole(path, content, known)
     if len(found) > 1:

@@ -29,20 +29,22 @@ class Candidate(NamedTuple):
     others: dict[str, Tensor]  # what stands beside it and is not of it, by its whole name
 
 
-def candidates(content: Mapping[str, Any], entries: Mapping[str, str]) -> list[Candidate]:
+def candidates(content: Mapping[str, Any], known: Mapping[str, type]) -> list[Candidate]:
     """The networks in a file; weights that are there twice once.
 
     A teacher is left aside where there is anything else, and networks for single devices where there is a general one.
 
     Args:
-        entries: network -> name of a tensor that only its state dict has.
+        known: networks by name, with the `entry` and the `claims` that models/__init__.py speaks of.
     """
     found: list[Candidate] = []
     for keys, tensors in _dicts_of_tensors(content):
-        for network, entry in entries.items():
+        for network, cls in known.items():
             for name, value in tensors.items():
-                if (name == entry or name.endswith(f".{entry}")) and not value.is_quantized:
-                    found.append(_candidate(network, keys, tensors, name.removesuffix(entry)))
+                if (name == cls.entry or name.endswith(f".{cls.entry}")) and not value.is_quantized:
+                    candidate = _candidate(network, keys, tensors, name.removesuffix(cls.entry))
+                    if not hasattr(cls, "claims") or cls.claims(candidate.state):
+                        found.append(candidate)
     students = [candidate for candidate in found if not OF_TEACHER.search(candidate.where)]
     unique: list[Candidate] = []
     general = [candidate for candidate in students if not OF_DEVICE.search(candidate.where)]
