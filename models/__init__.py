@@ -20,6 +20,7 @@ from torch import nn
 from models.bc_resnet import BcResnet, BcResnetConfig
 from models.beats import Beats, BeatsConfig
 from models.cnn3 import Cnn3, Cnn3Config
+from models.cnn6_60k import Cnn6, Cnn6Config
 from models.cp_mobile import CpMobile, CpMobileConfig
 from models.cp_resnet import CpResnet, CpResnetConfig
 from models.frontends.cnn3_mel import Cnn3Mel, Cnn3MelConfig
@@ -44,6 +45,7 @@ MODELS = {
     "qualcomm_bc_resnet": (QualcommBcResnetConfig, QualcommBcResnet),
     "cnn3": (Cnn3Config, Cnn3),
     "dcase24_baseline": (Dcase24BaselineConfig, Dcase24Baseline),
+    "cnn6_60k": (Cnn6Config, Cnn6),
 }
 FRONTENDS = {
     "cp_mel": (CpMelConfig, CpMel),

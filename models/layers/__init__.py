@@ -20,6 +20,8 @@ from models.layers.core import FakeLayer
 from models.layers.global_mean import FakeGlobalMean, GlobalMean
 from models.layers.linear import FakeLinear
 from models.layers.max_pool import FakeMaxPool
+from models.layers.mel_norm import FakeMelNorm, MelNorm
+from models.layers.plus_conv import FakePlusConv, PlusConv
 from models.layers.relu import FakeRelu
 from models.layers.residual_norm import FakeResidualNorm, ResidualNorm
 from models.layers.response_norm import FakeResponseNorm, ResponseNorm
@@ -46,6 +48,8 @@ KINDS: dict[type[nn.Module], type[FakeLayer]] = {
     Split: FakeSplit,
     Concat: FakeConcat,
     nn.SiLU: FakeSilu,
+    MelNorm: FakeMelNorm,
+    PlusConv: FakePlusConv,
     nn.ReLU: FakeRelu,  # where it is not part of the layer before it
 }
 # Layers that hand activations on and need no other form: dropouts are gone on the target.

@@ -12,7 +12,8 @@ from models.layers.flow import trace
 def fold(model: nn.Module, example: Tensor | None = None) -> nn.Module:
     """A copy in which every `ConvUnit` is a convolution with bias; the same function in eval mode, to rounding.
 
-    State-dict names are those of the published fused networks: `<unit>.0.0.*` before a ReLU, else `<unit>.0.*`.
+    State-dict names are those of the published fused networks: `<unit>.0.0.*` before a ReLU, else `<unit>.0.*`. Other
+    layers that have norms inside may say by themselves what is left of them, with `folded()`.
 
     Args:
         example: an input of the network, float32, on which a copy is run once to find every other convolution whose
@@ -25,6 +26,8 @@ def fold(model: nn.Module, example: Tensor | None = None) -> nn.Module:
             if isinstance(child, ConvUnit):
                 conv, relu = torch.nn.utils.fuse_conv_bn_eval(child[0], child[1]), list(child)[2:]
                 setattr(module, name, nn.Sequential(nn.Sequential(conv, *relu) if relu else conv))
+            elif hasattr(child, "folded"):
+                setattr(module, name, child.folded())
     for conv, norm in ({} if example is None else trace(model, example).norm_of).items():
         model.set_submodule(conv, torch.nn.utils.fuse_conv_bn_eval(*map(model.get_submodule, (conv, norm))))
         model.set_submodule(norm, nn.Identity())
