@@ -23,8 +23,8 @@ from models.cnn3 import Cnn3, Cnn3Config
 from models.cnn6_60k import Cnn6, Cnn6Config
 from models.cp_mobile import CpMobile, CpMobileConfig
 from models.cp_resnet import CpResnet, CpResnetConfig
-from models.frontends.cnn3_mel import Cnn3Mel, Cnn3MelConfig
 from models.dcase24_baseline import Dcase24Baseline, Dcase24BaselineConfig
+from models.frontends.cnn3_mel import Cnn3Mel, Cnn3MelConfig
 from models.frontends.cp_mel import CpMel, CpMelConfig
 from models.frontends.dcase24_mel import Dcase24Mel, Dcase24MelConfig
 from models.frontends.dragonsearch_mel import DragonsearchMel, DragonsearchMelConfig

@@ -41,6 +41,7 @@ class Cnn3(nn.Module):
         ValueError: from `forward`, for spectrograms that the pools do not take to these: clips of about a second fit.
     """
 
+    default_frontend = ("cnn3_mel", {})
     entry = "conv1._conv.weight"
 
     def __init__(self, config: Cnn3Config):

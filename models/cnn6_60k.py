@@ -50,6 +50,7 @@ class Cnn6Config:
 class Cnn6(nn.Module):
     """Norm of the mel bands, blocks of `PlusConv` and average pool, mean over mel, max + mean over time, two layers."""
 
+    default_frontend = ("sp4asc_mel", {})
     entry = "conv1.ch_conv1.weight"
 
     def __init__(self, config: Cnn6Config):

@@ -36,6 +36,7 @@ class Dcase24Baseline(CpMobile):
     Maps log-mel (batch, channel, mel, time) to logits (batch, class).
     """
 
+    default_frontend = ("dcase24_mel", {})
     after_block = nn.ReLU
 
     @staticmethod

@@ -1,7 +1,8 @@
 """Published networks by name, students and teachers: one row for each set of weights.
 
 Sources: F. Schmid et al., "Distilling the Knowledge of Transformers and CNNs with CP-Mobile", DCASE Workshop 2023,
-https://github.com/fschmid56/cpjku_dcase23; H. Li et al., DCASE 2025, https://github.com/HaoWLee/dcase2025_task1_Li_NTU.
+https://github.com/fschmid56/cpjku_dcase23; the entries of Li, Karasin and Zhou to DCASE 2025 Task 1, and SP4ASC, each
+at the address in its row.
 Nothing of them is kept in this repository: a file is fetched from its authors when it is asked for.
 """
 
@@ -48,6 +49,8 @@ def in_git(repository: str, commit: str, path: str) -> str:
 CPJKU = "fschmid56/cpjku_dcase23"
 RELEASE = f"https://github.com/{CPJKU}/releases/download/ensemble_logits"
 LI = "HaoWLee/dcase2025_task1_Li_NTU", "7d467d6ab31001c55d55d91576d0cd844ac88ad9"
+SP4ASC = "valeoai/SP4ASC", "4be54c9902b50e1a46008c57c575e6e1e19b2d47"
+SP4ASC_RUN = "trained_models/configs.cnn6_small_dropout_2_specAugment_128_2"
 CP_RESNET: Mapping[str, Any] = MappingProxyType({})
 PASST = MappingProxyType({"s_patchout_f": 6})  # of training; inert in eval mode
 CP_MEL = ("cp_mel", MappingProxyType({}))
@@ -74,6 +77,33 @@ PUBLISHED: dict[str, Published] = {
         "cp_resnet", in_git(*LI, "teacher_ckpt/via2gkii/checkpoints/epoch=149-step=20550.ckpt"),
         "9e39e29c6b65ec615c57646a389eab25147a31b12c50f32c119531229601a031",
         frontend=("cp_mel", MappingProxyType({"hop_length": 750})),
+    ),
+    "karasin2025_4": Published(  # the general network; those for devices lie beside it
+        "dcase24_baseline",
+        in_git("turquenite/dcase2025_task1_inference", "b21b3b54795af98bccec66416db83acb46e49160",
+               "Karasin_JKU_task1/ckpts/sys4.ckpt"),
+        "2c60c0869049ca216abe6d946ea3a58210d2040a2f85eece197dfb193ada5be0",
+        accuracy="61.47 % on the evaluation set of 2025, with its networks for devices; trained on 25 %",
+    ),
+    "zhou2025": Published(
+        "tf_sepnet",
+        in_git("Azhou0/dcase2025t1", "3d174333d3b4b4436bbd83f3a737e8e227e62a47",
+               "Zhou_XJTLU_task1/ckpts/device_unknown-val_acc=0.5849.ckpt"),
+        "b2cffca4b7902561a799023b4cbd66946e13badf075dcb2918f9ff67a00f6d12",
+        accuracy="58.49 % on TAU22's test part, on which it was selected; trained on 25 %",
+    ),
+    "sp4asc_ce": Published(
+        "cnn6_60k", in_git(*SP4ASC, f"{SP4ASC_RUN}_32_2/ckpt.pth"),
+        "714103cd210b1c01b5683758478f43add01e043fddc7b6cead3cf5ff75e65bcf", licence="Apache 2.0",
+    ),
+    "sp4asc_ce_mu": Published(
+        "cnn6_60k", in_git(*SP4ASC, f"{SP4ASC_RUN}_16_2_mixup_2/ckpt.pth"),
+        "1c1dea32af53386078e228f7021b621a9084fef009a4019cfa347223d6f8e855", licence="Apache 2.0",
+    ),
+    "sp4asc_focal": Published(
+        "cnn6_60k", in_git(*SP4ASC, f"{SP4ASC_RUN}_32_2_focal_loss/ckpt.pth"),
+        "f48ba7b41e901ae9cc5725716017a953ab496cb6361056bdbe7b5e310cb12603", licence="Apache 2.0",
+        accuracy="67.1 % and a log loss of 0.94 on TAU 2020's test part, clips of 10 s",
     ),
 }  # fmt: skip
 # The teachers of CP-JKU 2023: device impulse responses and Freq-MixStyle (dirfms), or Freq-MixStyle alone (fms).

@@ -16,6 +16,7 @@ from models.layers.core import QuantConfig
 
 # A small front end: 1 second gives (1, 64, 32).
 OPTIONS = [
+    "--frontend", "cp_mel",
     "--resample_rate", "8000", "--window_size", "512", "--n_fft", "512", "--hop_size", "250", "--n_mels", "64",
     "--fmax_aug_range", "1", "--dataset_dir", "tau", "--cache_path", "cache", "--logger", "none", "--batch_size", "9",
     "--warm_up_len", "0", "--augment", "time_roll",

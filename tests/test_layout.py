@@ -73,16 +73,18 @@ def test_no_module_needs_itself():
 # Where a single network, front end, loss or augmentation may be named: its own files, and the tables.
 PARTS = {
     "models": {
-        r"cp_?mobile": ("models/cp_mobile.py", "models/__init__.py", "models/published.py"),
+        r"cp_?mobile": (
+            "models/cp_mobile.py", "models/dcase24_baseline.py", "models/__init__.py", "models/published.py",
+        ),
         r"cp_?resnet": ("models/cp_resnet.py", "models/__init__.py", "models/published.py"),
         r"^passt$|^Passt[A-Z]|models\.passt": ("models/passt.py", "models/__init__.py", "models/published.py"),
-        r"tf_?sepnet": ("models/tf_sepnet.py", "models/__init__.py"),
+        r"tf_?sepnet": ("models/tf_sepnet.py", "models/__init__.py", "models/published.py"),
         r"^beats(_\w+)?$|^Beats|models\.beats": ("models/beats.py", "models/beats_checkpoint.py", "models/__init__.py"),
         r"^bc_?resnet|models\.bc_resnet": ("models/bc_resnet.py", "models/__init__.py"),
         r"qualcomm": ("models/qualcomm_bc_resnet.py", "models/__init__.py"),
         r"^cnn3$|^Cnn3(Config)?$|models\.cnn3": ("models/cnn3.py", "models/__init__.py"),
-        r"dcase24_?baseline": ("models/dcase24_baseline.py", "models/__init__.py"),
-        r"^cnn6": ("models/cnn6_60k.py", "models/__init__.py"),
+        r"dcase24_?baseline": ("models/dcase24_baseline.py", "models/__init__.py", "models/published.py"),
+        r"^cnn6": ("models/cnn6_60k.py", "models/__init__.py", "models/published.py"),
     },
     "models/frontends": {  # a network names the one that it takes by default
         r"cp_?mel|dcase24_?mel|sp4asc_?mel|dragonsearch_?mel|cnn3_?mel|kaldi_?fbank": ("models/",),

@@ -72,6 +72,8 @@ def test_rows_of_published_networks_are_whole():
             "cpjku_dcase23/checkpoint_real_clips",
         ),
         ("li2025_2", "dcase2025/li_sub2_checkpoint.ckpt", "dcase2025/li_sub2"),
+        ("karasin2025_4", "dcase2025/karasin_sys4_checkpoint.ckpt", "dcase2025/karasin_sys4"),
+        ("zhou2025", "dcase2025/zhou_tfsepnet_checkpoint.ckpt", "dcase2025/zhou_tfsepnet"),
     ],
 )  # fmt: skip
 def test_a_published_student_is_fetched_by_name_and_gives_the_published_logits(
