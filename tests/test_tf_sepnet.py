@@ -170,7 +170,8 @@ def test_runs_as_float_files(tmp_path):
 
 @pytest.mark.slow
 def test_runs_in_8_bits(tmp_path):
-    path = check_8_bits(fill_state(build(n_classes=5, base_channels=12)).eval(), clips_of(37, 41), tmp_path)
+    # Some 200,000 values to round in each clip: statistics that a runtime computes in its own way would show.
+    path = check_8_bits(fill_state(build(n_classes=5, base_channels=12)).eval(), clips_of(256, 41), tmp_path)
     kinds = {node.op_type for node in onnx.load(path).graph.node}
     assert {"QLinearConv", "QLinearAdd", "QLinearConcat", "Split", "Transpose"} <= kinds
 

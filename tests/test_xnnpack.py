@@ -9,10 +9,15 @@ from helpers.quantization import convert
 from models.frontends.mel_xnnpack import XnnMel
 from models.layers.add import IntAdd, XnnAdd
 from models.layers.avg_pool import AvgPool, IntAvgPool
+from models.layers.axis_mean import IntAxisMean
+from models.layers.concat import IntConcat
 from models.layers.conv_unit import IntConv, XnnConv
 from models.layers.core import QTensor, QuantConfig
 from models.layers.fold import fold
+from models.layers.residual_norm import IntResidualNorm, ResidualNorm
 from models.layers.response_norm import IntResponseNorm, ResponseNorm, XnnIntResponseNorm
+from models.layers.silu import IntSilu
+from models.layers.sub_spectral_norm import IntSubSpectralNorm
 from models.layers.xnnpack import for_xnnpack, operators
 from tests.golden_inputs import wave
 from tests.test_integer import random_activation
@@ -132,6 +137,32 @@ def test_response_norm(rng, gamma, shift):
     layer = IntResponseNorm(gamma, (0.05, -128), (0.01, -128), (1 / 60, -128), (0.021, shift))
     x = random_activation(rng, (2, 12, 10, 14), scale=0.02, zero_point=-30)
     assert_close_in_levels(XnnIntResponseNorm(layer, x)(x), layer(x))
+
+
+def residual_norm(rng) -> nn.Module:
+    return IntResidualNorm(ResidualNorm(), (0.03, -5))
+
+
+def sub_spectral_norm(rng) -> nn.Module:
+    weight, bias = (torch.from_numpy(rng.uniform(0.2, 1, 6 * 4)).float() for _ in range(2))
+    return IntSubSpectralNorm(4, weight, bias, (0.02, -10))
+
+
+# Scales of which no whole number is half of another: means would lie between two levels.
+BETWEEN = {
+    "residual norm": residual_norm,
+    "sub-spectral norm": sub_spectral_norm,
+    "mean over freq": lambda _rng: IntAxisMean(2, (0.00413, 3)),
+    "mean over time": lambda _rng: IntAxisMean(3, (0.00413, 3)),
+    "silu": lambda _rng: IntSilu((0.01, -100)),
+    "concat": lambda _rng: IntConcat((0.03, 5)),
+}
+
+
+@pytest.mark.parametrize("make", BETWEEN.values(), ids=BETWEEN)
+def test_layers_that_are_float_between_8_bit_values(rng, make):
+    layer, x = make(rng), random_activation(rng, (2, 6, 16, 20), scale=0.02, zero_point=0)
+    assert_close_in_levels(layer.for_xnnpack(x)(x), layer(x))
 
 
 @pytest.mark.parametrize("quantize_input", [False, True])

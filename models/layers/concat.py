@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from models.layers.core import ActivationQuantizer, Constants, FakeLayer, Place, QTensor, QuantConfig, quantize
+from models.layers.xnnpack import XnnBetween
 
 
 class Concat(nn.Module):
@@ -36,3 +37,6 @@ class IntConcat(nn.Module):
 
     def step_of_output(self, _step: float) -> float:
         return self.output[0]
+
+    def for_xnnpack(self, _x: QTensor) -> XnnBetween:
+        return XnnBetween(Concat(), self.output)

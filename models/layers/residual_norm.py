@@ -10,7 +10,17 @@ On the target the statistics of a clip decide the scale, so it stays in float be
 import torch
 from torch import Tensor, nn
 
-from models.layers.core import ActivationQuantizer, Constants, FakeLayer, Place, QTensor, QuantConfig, quantize
+from models.layers.core import (
+    ActivationQuantizer,
+    Constants,
+    FakeLayer,
+    Place,
+    QTensor,
+    QuantConfig,
+    dequantize,
+    quantize,
+)
+from models.layers.xnnpack import XnnBetween
 
 
 def normalise_bands(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -60,7 +70,11 @@ class FakeResidualNorm(FakeLayer):
 
 
 class IntResidualNorm(nn.Module):
-    """Takes 8-bit values to float, normalises, and rounds; eagerly the sums behind the statistics are exact."""
+    """Sums of the integers and of their squares, from these a float gain and bias for each band, and rounding.
+
+    The sums are exact and the statistics in float64, so that every runtime finds the same gain and bias in float32:
+    with float32 statistics some of its many values rounded the other way, and logits moved by a step.
+    """
 
     float_part = "normalises each band by statistics of the clip"
 
@@ -69,16 +83,20 @@ class IntResidualNorm(nn.Module):
         self.layer, self.output = layer, output
 
     def forward(self, x: QTensor) -> QTensor:  # (batch, channel, freq, time)
-        if torch.compiler.is_exporting():
-            return QTensor(quantize(self.layer(x.dequantize()), *self.output), *self.output)
-        integers = x.integers().double()
-        n = integers.shape[1] * integers.shape[3]
-        total = integers.sum(dim=(1, 3), keepdim=True)  # (batch, 1, freq, 1)
-        squares = (integers * integers).sum(dim=(1, 3), keepdim=True)
+        integers = dequantize(x.values, 1.0, x.zero_point)
+        n = x.shape[1] * x.shape[3]
+        # Over time first: sums of 258 squares fit in float32, and few values are left for float64.
+        total, squares = (
+            part.sum(dim=3, keepdim=True).double().sum(dim=1, keepdim=True) for part in (integers, integers * integers)
+        )  # (batch, 1, freq, 1)
         variance = (squares - total * total / n) / (n - 1) * x.scale**2
-        inverse = torch.rsqrt(variance + self.layer.eps)
-        y = x.scale * (integers * self.layer.identity_share + (integers - total / n) * inverse)
-        return QTensor(quantize(y.float(), *self.output), *self.output)
+        inverse = 1 / torch.sqrt(variance + self.layer.eps)
+        gain = (inverse + self.layer.identity_share) * x.scale
+        bias = total * inverse * (-x.scale / n)
+        return QTensor(quantize(integers * gain.float() + bias.float(), *self.output), *self.output)
 
     def step_of_output(self, _step: float) -> float:
         return self.output[0]
+
+    def for_xnnpack(self, _x: QTensor) -> XnnBetween:
+        return XnnBetween(self.layer, self.output)

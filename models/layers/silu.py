@@ -1,4 +1,6 @@
-"""`nn.SiLU`: a table of the 256 levels in integers, x * sigmoid(x) in files."""
+"""`nn.SiLU`: a table of what the 256 levels give, so that every runtime rounds alike."""
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from models.layers.core import (
     dequantize,
     quantize,
 )
+from models.layers.xnnpack import XnnBetween
 
 
 class FakeSilu(FakeLayer):
@@ -31,19 +34,19 @@ class FakeSilu(FakeLayer):
 
 
 class IntSilu(nn.Module):
-    float_part = "SiLU"
-
     def __init__(self, output: Constants):
         super().__init__()
         self.output = output
 
     def forward(self, x: QTensor) -> QTensor:
-        if torch.compiler.is_exporting():
-            real = x.dequantize()
-            return QTensor(quantize(real * torch.sigmoid(real), *self.output), *self.output)
-        levels = torch.arange(Q_MIN, Q_MAX + 1, device=x.device).to(torch.int8)
-        table = quantize(F.silu(dequantize(levels, x.scale, x.zero_point)), *self.output)
-        return QTensor(table[x.values.long() - Q_MIN], *self.output)
+        # Plain numbers, so that a file holds them and not the way to them.
+        levels = [(level - x.zero_point) * x.scale for level in range(Q_MIN, Q_MAX + 1)]
+        table = torch.tensor([value / (1 + math.exp(-max(value, -500))) for value in levels], device=x.device)
+        index = dequantize(x.values, 1.0, Q_MIN).long()  # 0 .. 255, whether a file stores int8 or uint8
+        return QTensor(quantize(table[index], *self.output), *self.output)
 
     def step_of_output(self, _step: float) -> float:
         return self.output[0]
+
+    def for_xnnpack(self, _x: QTensor) -> XnnBetween:
+        return XnnBetween(F.silu, self.output)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers.core import ActivationQuantizer, Constants, FakeLayer, Place, QTensor, QuantConfig, quantize
+from models.layers.xnnpack import XnnBetween
 
 
 def sub_spectral_norm(n_channels: int, n_bands: int) -> nn.Module:
@@ -106,10 +107,15 @@ class IntSubSpectralNorm(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: QTensor) -> QTensor:
-        bands = as_bands(x.dequantize(), self.n_bands)
-        # A product and a sum in float32, as every runtime computes them.
-        y = bands * self.weight[:, None, None] + self.bias[:, None, None]
-        return QTensor(quantize(y.reshape(x.shape), *self.output), *self.output)
+        return QTensor(quantize(self.normalise(x.dequantize()), *self.output), *self.output)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """A product and a sum in float32, as every runtime computes them."""
+        y = as_bands(x, self.n_bands) * self.weight[:, None, None] + self.bias[:, None, None]
+        return y.reshape(x.shape)
 
     def step_of_output(self, _step: float) -> float:
         return self.output[0]
+
+    def for_xnnpack(self, _x: QTensor) -> XnnBetween:
+        return XnnBetween(self.normalise, self.output)

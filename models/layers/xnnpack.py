@@ -12,6 +12,7 @@ levels.
 """
 
 import copy
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -66,6 +67,17 @@ class XnnTensor(QTensor):
         if keepdim or dim is None or x.dim() != 4 or set(dim if isinstance(dim, tuple | list) else (dim,)) != {2, 3}:
             return x.mean(dim=dim, keepdim=keepdim)
         return x.mean(dim=(2, 3), keepdim=True).flatten(1)  # XNNPACK has no mean that drops axes
+
+
+class XnnBetween(nn.Module):
+    """A layer that computes in float between 8-bit values: `compute` maps its float inputs to what is rounded."""
+
+    def __init__(self, compute: Callable[..., Tensor], output: Constants):
+        super().__init__()
+        self.compute, self.output = compute, output
+
+    def forward(self, *parts: QTensor) -> XnnTensor:
+        return xnn_quantize(self.compute(*map(xnn_dequantize, parts)), self.output)
 
 
 def xnn_quantize(x: Tensor, constants: Constants) -> XnnTensor:
