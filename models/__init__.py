@@ -21,6 +21,7 @@ from models.bc_resnet import BcResnet, BcResnetConfig
 from models.beats import Beats, BeatsConfig
 from models.cnn3 import Cnn3, Cnn3Config
 from models.cnn6_60k import Cnn6, Cnn6Config
+from models.cnn_gru import CnnGru, CnnGruConfig
 from models.cp_mobile import CpMobile, CpMobileConfig
 from models.cp_resnet import CpResnet, CpResnetConfig
 from models.dcase24_baseline import Dcase24Baseline, Dcase24BaselineConfig
@@ -46,6 +47,7 @@ MODELS = {
     "cnn3": (Cnn3Config, Cnn3),
     "dcase24_baseline": (Dcase24BaselineConfig, Dcase24Baseline),
     "cnn6_60k": (Cnn6Config, Cnn6),
+    "cnn_gru": (CnnGruConfig, CnnGru),
 }
 FRONTENDS = {
     "cp_mel": (CpMelConfig, CpMel),
