@@ -26,6 +26,7 @@ from models.cp_mobile import CpMobile, CpMobileConfig
 from models.cp_resnet import CpResnet, CpResnetConfig
 from models.dcase24_baseline import Dcase24Baseline, Dcase24BaselineConfig
 from models.frontends.cnn3_mel import Cnn3Mel, Cnn3MelConfig
+from models.dragonsearch_baseline1 import DragonsearchBaseline1, DragonsearchBaseline1Config
 from models.frontends.cp_mel import CpMel, CpMelConfig
 from models.frontends.dcase24_mel import Dcase24Mel, Dcase24MelConfig
 from models.frontends.dragonsearch_mel import DragonsearchMel, DragonsearchMelConfig
@@ -48,6 +49,7 @@ MODELS = {
     "dcase24_baseline": (Dcase24BaselineConfig, Dcase24Baseline),
     "cnn6_60k": (Cnn6Config, Cnn6),
     "cnn_gru": (CnnGruConfig, CnnGru),
+    "dragonsearch_baseline1": (DragonsearchBaseline1Config, DragonsearchBaseline1),
 }
 FRONTENDS = {
     "cp_mel": (CpMelConfig, CpMel),

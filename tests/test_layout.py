@@ -86,6 +86,7 @@ PARTS = {
         r"dcase24_?baseline": ("models/dcase24_baseline.py", "models/__init__.py", "models/published.py"),
         r"^cnn6": ("models/cnn6_60k.py", "models/__init__.py", "models/published.py"),
         r"cnn_?gru": ("models/cnn_gru.py", "models/__init__.py"),
+        r"dragonsearch": ("models/dragonsearch_", "models/__init__.py"),
     },
     "models/frontends": {  # a network names the one that it takes by default
         r"cp_?mel|dcase24_?mel|sp4asc_?mel|dragonsearch_?mel|cnn3_?mel|kaldi_?fbank": ("models/",),
