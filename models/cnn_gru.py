@@ -93,6 +93,9 @@ def shuffle(x: Tensor, n_groups: int) -> Tensor:
 class CnnGru(nn.Module):
     """One block, two branches behind a max and an average pool, their weighted sum, two convolutions, GRU and end."""
 
+    default_frontend = (
+        "dcase24_mel", {"sample_rate": 44100, "n_fft": 8192, "win_length": 8192, "hop_length": 1364},
+    )  # fmt: skip
     entry = "bgru2d_4_1.weight_ih_l0"
 
     def __init__(self, config: CnnGruConfig):

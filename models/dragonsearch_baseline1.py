@@ -36,6 +36,8 @@ class DragonsearchBaseline1Config:
 class DragonsearchBaseline1(nn.Module):
     """Two convolutions, pool, a third without padding, pool, a linear layer and the classifier."""
 
+    # 129 frames a second, of which the pools leave what they leave of 128.
+    default_frontend = ("dragonsearch_mel", {"n_mels": 64, "hop_length": 250})
     entry = "batch_norm_3.weight"
 
     def __init__(self, config: DragonsearchBaseline1Config):

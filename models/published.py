@@ -1,8 +1,8 @@
 """Published networks by name, students and teachers: one row for each set of weights.
 
 Sources: F. Schmid et al., "Distilling the Knowledge of Transformers and CNNs with CP-Mobile", DCASE Workshop 2023,
-https://github.com/fschmid56/cpjku_dcase23; the entries of Li, Karasin and Zhou to DCASE 2025 Task 1, and SP4ASC, each
-at the address in its row.
+https://github.com/fschmid56/cpjku_dcase23; the entries of Li, Karasin, Tan and Zhou to DCASE 2025 Task 1, and SP4ASC,
+each at the address in its row.
 Nothing of them is kept in this repository: a file is fetched from its authors when it is asked for.
 """
 
@@ -50,6 +50,7 @@ CPJKU = "fschmid56/cpjku_dcase23"
 RELEASE = f"https://github.com/{CPJKU}/releases/download/ensemble_logits"
 LI = "HaoWLee/dcase2025_task1_Li_NTU", "7d467d6ab31001c55d55d91576d0cd844ac88ad9"
 SP4ASC = "valeoai/SP4ASC", "4be54c9902b50e1a46008c57c575e6e1e19b2d47"
+TAN = "joesephgit/DCASE2025", "4c7f3ca525a4c09bf23660719721a196a1d0bf23"
 SP4ASC_RUN = "trained_models/configs.cnn6_small_dropout_2_specAugment_128_2"
 CP_RESNET: Mapping[str, Any] = MappingProxyType({})
 PASST = MappingProxyType({"s_patchout_f": 6})  # of training; inert in eval mode
@@ -84,6 +85,16 @@ PUBLISHED: dict[str, Published] = {
                "Karasin_JKU_task1/ckpts/sys4.ckpt"),
         "2c60c0869049ca216abe6d946ea3a58210d2040a2f85eece197dfb193ada5be0",
         accuracy="61.47 % on the evaluation set of 2025, with its networks for devices; trained on 25 %",
+    ),
+    "tan2025_1": Published(
+        "cnn_gru", in_git(*TAN, "predictions/Tan_SNTLNTU_task1_1/model_state_dict.pt"),
+        "ce8b35ba34c151e538e76ad97a22c50f13eb5ece0cda3f4d054ab5fed4731afc",
+        accuracy="60.35 % on TAU22's test part, on which it was selected; trained on 25 %",
+    ),
+    "tan2025_2": Published(
+        "cnn_gru", in_git(*TAN, "predictions/Tan_SNTLNTU_task1_2/model_state_dict.pt"),
+        "3f1603f643324420991c0d3f1ff7e0e4080783915dd9c73c651e3579bd88a255",
+        accuracy="60.27 % on TAU22's test part, on which it was selected; trained on 25 %",
     ),
     "zhou2025": Published(
         "tf_sepnet",

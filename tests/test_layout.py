@@ -85,7 +85,7 @@ PARTS = {
         r"^cnn3$|^Cnn3(Config)?$|models\.cnn3": ("models/cnn3.py", "models/__init__.py"),
         r"dcase24_?baseline": ("models/dcase24_baseline.py", "models/__init__.py", "models/published.py"),
         r"^cnn6": ("models/cnn6_60k.py", "models/__init__.py", "models/published.py"),
-        r"cnn_?gru": ("models/cnn_gru.py", "models/__init__.py"),
+        r"cnn_?gru": ("models/cnn_gru.py", "models/__init__.py", "models/published.py"),
         r"dragonsearch": ("models/dragonsearch_", "models/__init__.py"),
     },
     "models/frontends": {  # a network names the one that it takes by default

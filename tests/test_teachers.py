@@ -73,6 +73,7 @@ def test_rows_of_published_networks_are_whole():
         ),
         ("li2025_2", "dcase2025/li_sub2_checkpoint.ckpt", "dcase2025/li_sub2"),
         ("karasin2025_4", "dcase2025/karasin_sys4_checkpoint.ckpt", "dcase2025/karasin_sys4"),
+        ("tan2025_1", "dcase2025/tan_sub1_checkpoint.pt", "dcase2025/tan_sub1"),
         ("zhou2025", "dcase2025/zhou_tfsepnet_checkpoint.ckpt", "dcase2025/zhou_tfsepnet"),
     ],
 )  # fmt: skip
