@@ -7,12 +7,13 @@ from torch import nn
 
 from helpers.checkpoints.checkpoint import load_model
 from helpers.export import executorch_program as ee
-from helpers.quantization import calibrate, convert, prepare
-from models import get_frontend
+from helpers.quantization import calibrate, convert, prepare, step_of_logits
+from models import get_frontend, get_model
 from models.frontends.mel_export import MelExport
 from models.layers.core import QuantConfig
 from models.layers.fold import fold
-from tests.golden_inputs import clip
+from tests.golden_inputs import clip, fill_state
+from tests.students import clips_of
 from tests.test_layers import NETWORKS, build, clips, ready_network
 from tests.test_quantization import CHECKPOINT, network, prepared, spectrograms
 
@@ -210,3 +211,23 @@ def test_without_executorch_one_line_says_what_to_install(tmp_path, monkeypatch)
             call()
         assert "\n" not in str(caught.value)
     assert not path.exists()
+
+
+STUDENTS = {
+    "tf_sepnet": ({"base_channels": 8}, (72, 80)),
+    "bc_resnet": ({"base_channels": 6, "sub_bands": 2}, (48, 48)),
+}
+
+
+@needs_executorch
+@pytest.mark.parametrize("name", STUDENTS)
+def test_networks_of_other_kinds_of_layers_run_in_8_bits(name, tmp_path):
+    options, shape = STUDENTS[name]
+    model, x = fill_state(get_model(name, **options)).eval(), clips_of(*shape)
+    with torch.no_grad():
+        path = ee.export_executorch(fold(model, x[:1]), x[:1], tmp_path / "fp32.pte", {})
+        torch.testing.assert_close(ee.run_program(path, x), model(x), rtol=0, atol=1e-4)
+        integers = convert(ready_network(model, x=x))
+        path = ee.export_executorch(integers, x[:1], tmp_path / "int8.pte", {})
+        # Roundings that fall the other way would be steps; the mean over the positions is float.
+        assert (ee.run_program(path, x) - integers(x)).abs().max() <= step_of_logits(integers)

@@ -10,6 +10,7 @@ from models.frontends.mel_xnnpack import XnnMel
 from models.layers.add import IntAdd, XnnAdd
 from models.layers.avg_pool import AvgPool, IntAvgPool
 from models.layers.axis_mean import IntAxisMean
+from models.layers.channel_shuffle import IntChannelShuffle
 from models.layers.concat import IntConcat
 from models.layers.conv_unit import IntConv, XnnConv
 from models.layers.core import QTensor, QuantConfig
@@ -17,6 +18,7 @@ from models.layers.fold import fold
 from models.layers.residual_norm import IntResidualNorm, ResidualNorm
 from models.layers.response_norm import IntResponseNorm, ResponseNorm, XnnIntResponseNorm
 from models.layers.silu import IntSilu
+from models.layers.split import IntSplit
 from models.layers.sub_spectral_norm import IntSubSpectralNorm
 from models.layers.xnnpack import for_xnnpack, operators
 from tests.golden_inputs import wave
@@ -163,6 +165,14 @@ BETWEEN = {
 def test_layers_that_are_float_between_8_bit_values(rng, make):
     layer, x = make(rng), random_activation(rng, (2, 6, 16, 20), scale=0.02, zero_point=0)
     assert_close_in_levels(layer.for_xnnpack(x)(x), layer(x))
+
+
+def test_layers_that_move_channels(rng):
+    x = random_activation(rng, (2, 6, 16, 20), scale=0.02)
+    shuffle, split = IntChannelShuffle(2), IntSplit(3)
+    assert torch.equal(shuffle.for_xnnpack(x)(x).values, shuffle(x).values)
+    for found, part in zip(split.for_xnnpack(x)(x), split(x), strict=True):
+        assert torch.equal(found.values, part.values)
 
 
 @pytest.mark.parametrize("quantize_input", [False, True])

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from models.layers.core import FakeLayer, Place, QTensor, QuantConfig
+from models.layers.xnnpack import XnnBetween
 
 
 class ChannelShuffle(nn.Module):
@@ -36,5 +37,11 @@ class FakeChannelShuffle(FakeLayer):
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
 
-    def convert(self) -> ChannelShuffle:
-        return self.layer
+    def convert(self) -> "IntChannelShuffle":
+        return IntChannelShuffle(self.layer.n_groups)
+
+
+class IntChannelShuffle(ChannelShuffle):
+    def for_xnnpack(self, x: QTensor) -> XnnBetween:
+        """As floats: their memory is laid out as XNNPACK has it, int8 values outside its operators are not."""
+        return XnnBetween(ChannelShuffle(self.n_groups), (x.scale, x.zero_point))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from models.layers.core import ActivationQuantizer, Constants, FakeLayer, Place, QTensor, QuantConfig, quantize
-from models.layers.xnnpack import XnnBetween
+from models.layers.xnnpack import XnnTensor, xnn_dequantize, xnn_quantize
 
 
 class Concat(nn.Module):
@@ -38,5 +38,17 @@ class IntConcat(nn.Module):
     def step_of_output(self, _step: float) -> float:
         return self.output[0]
 
-    def for_xnnpack(self, _x: QTensor) -> XnnBetween:
-        return XnnBetween(Concat(), self.output)
+    def for_xnnpack(self, _x: QTensor) -> "XnnConcat":
+        return XnnConcat(self.output)
+
+
+class XnnConcat(nn.Module):
+    """XNNPACK joins what has one scale already."""
+
+    def __init__(self, output: Constants):
+        super().__init__()
+        self.output = output
+
+    def forward(self, *parts: QTensor) -> XnnTensor:
+        parts = [xnn_dequantize(xnn_quantize(xnn_dequantize(part), self.output)) for part in parts]
+        return xnn_quantize(torch.cat(parts, dim=1), self.output)

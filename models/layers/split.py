@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from models.layers.core import FakeLayer, Place, QTensor, QuantConfig
+from models.layers.xnnpack import XnnTensor, xnn_dequantize, xnn_quantize
 
 
 class Split(nn.Module):
@@ -36,5 +37,21 @@ class FakeSplit(FakeLayer):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.layer(x)
 
-    def convert(self) -> Split:
-        return self.layer
+    def convert(self) -> "IntSplit":
+        return IntSplit(self.layer.n)
+
+
+class IntSplit(Split):
+    def for_xnnpack(self, _x: QTensor) -> "XnnSplit":
+        return XnnSplit(self.n)
+
+
+class XnnSplit(nn.Module):
+    """As floats, see `IntChannelShuffle`."""
+
+    def __init__(self, n: int):
+        super().__init__()
+        self.n = n
+
+    def forward(self, x: QTensor) -> tuple[XnnTensor, ...]:
+        return tuple(xnn_quantize(part, (x.scale, x.zero_point)) for part in xnn_dequantize(x).chunk(self.n, dim=1))
