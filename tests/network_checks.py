@@ -26,7 +26,7 @@ EXPORT = ["--latency_rounds", "0", "--n_clips", "6"]
 
 def trains_resumes_and_exports(name: str, *options: str) -> None:
     """Through the scripts, in the folder that the process is in, with the data set `tau` there."""
-    chosen = ["--model", name, *options, *OPTIONS]
+    chosen = ["--model", name, *OPTIONS, *options]
     run_training.main([*chosen, "--n_epochs", "2", "--run_id", "whole"])
     run_training.main([*chosen, "--n_epochs", "1", "--run_id", "parted"])
     run_training.main(["--resume", "parted", "--n_epochs", "2"])
