@@ -28,6 +28,7 @@ from models.dcase24_baseline import Dcase24Baseline, Dcase24BaselineConfig
 from models.dragonsearch_baseline1 import DragonsearchBaseline1, DragonsearchBaseline1Config
 from models.frontends.cnn3_mel import Cnn3Mel, Cnn3MelConfig
 from models.dragonsearch_baseline2 import DragonsearchBaseline2, DragonsearchBaseline2Config
+from models.dragonsearch_tf_sepnet import DragonsearchTfSepnet, DragonsearchTfSepnetConfig
 from models.frontends.cp_mel import CpMel, CpMelConfig
 from models.frontends.dcase24_mel import Dcase24Mel, Dcase24MelConfig
 from models.frontends.dragonsearch_mel import DragonsearchMel, DragonsearchMelConfig
@@ -52,6 +53,7 @@ MODELS = {
     "cnn_gru": (CnnGruConfig, CnnGru),
     "dragonsearch_baseline1": (DragonsearchBaseline1Config, DragonsearchBaseline1),
     "dragonsearch_baseline2": (DragonsearchBaseline2Config, DragonsearchBaseline2),
+    "dragonsearch_tf_sepnet": (DragonsearchTfSepnetConfig, DragonsearchTfSepnet),
 }
 FRONTENDS = {
     "cp_mel": (CpMelConfig, CpMel),

@@ -21,7 +21,7 @@ OPTIONS = [
     "--fmax_aug_range", "1", "--dataset_dir", "tau", "--cache_path", "cache", "--logger", "none", "--batch_size", "9",
     "--warm_up_len", "0", "--augment", "time_roll",
 ]  # fmt: skip
-EXPORT = ["--latency_rounds", "0", "--n_clips", "6"]
+EXPORT = ["--latency_rounds", "0", "--n_clips", "6", "--inputs", "network"]
 
 
 def trains_resumes_and_exports(name: str, *options: str) -> None:
