@@ -37,6 +37,7 @@ class DragonsearchBaseline2Config:
 class DragonsearchBaseline2(nn.Module):
     """Three 7x7 convolutions, pools behind the second and third, a hidden layer and the classifier."""
 
+    default_frontend = ("cnn3_mel", {})
     entry = "batch_norm3.weight"
 
     def __init__(self, config: DragonsearchBaseline2Config):

@@ -111,6 +111,7 @@ class TimeFreqBlock(nn.Module):
 class DragonsearchTfSepnet(nn.Module):
     """Strided 5x5 stem, four stages of `TimeFreqBlock` with norms and two max pools, pointwise classifier, mean."""
 
+    default_frontend = ("dragonsearch_mel", {})
     entry = "feature.2.freq_dw_conv.conv.weight"
 
     def __init__(self, config: DragonsearchTfSepnetConfig):

@@ -137,7 +137,8 @@ def test_a_killed_process_on_one_of_two_machines_is_started_again_and_the_run_go
     errors = [process.communicate(timeout=240)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], errors
     assert "goes on after a failure" in errors[0]
-    assert not any("Traceback" in text for text in errors), errors
+    # torchrun's own agent may leave one when the other machine's has ended before it.
+    assert not any('run_training.py", line' in text for text in errors), errors
     ours, theirs = checkpoint(folder, "killed")["model"]["state"], checkpoint(folder, whole)["model"]["state"]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     compare(metrics(folder, "killed"), metrics(folder, whole))

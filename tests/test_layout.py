@@ -78,7 +78,7 @@ PARTS = {
         ),
         r"cp_?resnet": ("models/cp_resnet.py", "models/__init__.py", "models/published.py"),
         r"^passt$|^Passt[A-Z]|models\.passt": ("models/passt.py", "models/__init__.py", "models/published.py"),
-        r"tf_?sepnet": ("models/tf_sepnet.py", "models/__init__.py", "models/published.py"),
+        r"(?<!dragonsearch_)(?<!dragonsearch)tf_?sepnet": ("models/tf_sepnet.py", "models/__init__.py", "models/published.py"),
         r"^beats(_\w+)?$|^Beats|models\.beats": ("models/beats.py", "models/beats_checkpoint.py", "models/__init__.py"),
         r"^bc_?resnet|models\.bc_resnet": ("models/bc_resnet.py", "models/__init__.py"),
         r"qualcomm": ("models/qualcomm_bc_resnet.py", "models/__init__.py"),
@@ -86,7 +86,7 @@ PARTS = {
         r"dcase24_?baseline": ("models/dcase24_baseline.py", "models/__init__.py", "models/published.py"),
         r"^cnn6": ("models/cnn6_60k.py", "models/__init__.py", "models/published.py"),
         r"cnn_?gru": ("models/cnn_gru.py", "models/__init__.py", "models/published.py"),
-        r"dragonsearch": ("models/dragonsearch_", "models/__init__.py"),
+        r"dragonsearch(?!_?mel)": ("models/dragonsearch_", "models/__init__.py"),
     },
     "models/frontends": {  # a network names the one that it takes by default
         r"cp_?mel|dcase24_?mel|sp4asc_?mel|dragonsearch_?mel|cnn3_?mel|kaldi_?fbank": ("models/",),
