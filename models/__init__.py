@@ -26,9 +26,9 @@ from models.cp_mobile import CpMobile, CpMobileConfig
 from models.cp_resnet import CpResnet, CpResnetConfig
 from models.dcase24_baseline import Dcase24Baseline, Dcase24BaselineConfig
 from models.dragonsearch_baseline1 import DragonsearchBaseline1, DragonsearchBaseline1Config
-from models.frontends.cnn3_mel import Cnn3Mel, Cnn3MelConfig
 from models.dragonsearch_baseline2 import DragonsearchBaseline2, DragonsearchBaseline2Config
 from models.dragonsearch_tf_sepnet import DragonsearchTfSepnet, DragonsearchTfSepnetConfig
+from models.frontends.cnn3_mel import Cnn3Mel, Cnn3MelConfig
 from models.frontends.cp_mel import CpMel, CpMelConfig
 from models.frontends.dcase24_mel import Dcase24Mel, Dcase24MelConfig
 from models.frontends.dragonsearch_mel import DragonsearchMel, DragonsearchMelConfig

@@ -78,7 +78,9 @@ PARTS = {
         ),
         r"cp_?resnet": ("models/cp_resnet.py", "models/__init__.py", "models/published.py"),
         r"^passt$|^Passt[A-Z]|models\.passt": ("models/passt.py", "models/__init__.py", "models/published.py"),
-        r"(?<!dragonsearch_)(?<!dragonsearch)tf_?sepnet": ("models/tf_sepnet.py", "models/__init__.py", "models/published.py"),
+        r"(?<!dragonsearch_)(?<!dragonsearch)tf_?sepnet": (
+            "models/tf_sepnet.py", "models/__init__.py", "models/published.py",
+        ),
         r"^beats(_\w+)?$|^Beats|models\.beats": ("models/beats.py", "models/beats_checkpoint.py", "models/__init__.py"),
         r"^bc_?resnet|models\.bc_resnet": ("models/bc_resnet.py", "models/__init__.py"),
         r"qualcomm": ("models/qualcomm_bc_resnet.py", "models/__init__.py"),
