@@ -36,15 +36,14 @@ def trains_resumes_and_exports(name: str, *options: str) -> None:
     )
     assert all(torch.equal(whole[entry], parted[entry]) for entry in whole)
     last = str(runs / "whole/checkpoints/last.pt")
-    assert run_export.main(["--checkpoint", last, "--precision", "fp32", "fp16", *EXPORT]) == 0  # as its parity report
+    assert run_export.main(["--checkpoint", last, "--precision", "fp16", *EXPORT]) == 0  # as its parity report
     loaded, waveform = load_model(last), 0.1 * torch.randn(2, 8000)
     with torch.no_grad():
         log_mel = loaded.frontend(waveform)
         wanted = loaded.model(log_mel)
-    for precision, tolerance in (("fp32", 1e-3), ("fp16", 5e-2)):
-        session = onnxruntime.InferenceSession(str(runs / f"whole/export/network_{precision}.onnx"))
-        (found,) = session.run(None, {"log_mel": log_mel.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=tolerance, atol=tolerance)
+    session = onnxruntime.InferenceSession(str(runs / "whole/export/network_fp16.onnx"))
+    (found,) = session.run(None, {"log_mel": log_mel.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=5e-2, atol=5e-2)
 
 
 def runs_in_8_bits(model: nn.Module, x: Tensor, path: Path, config: QuantConfig | None = None) -> nn.Module:
