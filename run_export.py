@@ -97,11 +97,11 @@ def make_parser(chosen: Parts = STUDENT) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     parser, args = parse(make_parser, sys.argv[1:] if argv is None else argv)
-    path = source_checkpoint(args.project_name, args.wandb_id, args.checkpoint)
-    loaded = believe(parser, args, load_model(path), path)
+    path, published = source_checkpoint(args.project_name, args.wandb_id, args.checkpoint)
+    loaded = believe(parser, args, load_model(path, published), path)
     n_samples = clip_length(args, loaded, path)
     precisions = chosen_precisions(args, loaded, path)
-    out_dir = Path(args.out_dir) if args.out_dir else default_folder(path)
+    out_dir = Path(args.out_dir) if args.out_dir else default_folder(path, published)
 
     source = float_network(loaded.model) if loaded.precision == "int8" else loaded.model
     networks = {"fp32": source, "fp16": for_target(source, "fp16")}
@@ -186,7 +186,9 @@ def chosen_precisions(args: argparse.Namespace, loaded: LoadedModel, path: Path)
     return [name for name in available if name in (args.precision or available)]
 
 
-def default_folder(path: Path) -> Path:
+def default_folder(path: Path, published: str | None) -> Path:
+    if published:
+        return path.parent / "export" / published
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     return run / "export"
 

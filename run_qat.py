@@ -190,8 +190,8 @@ def find_source(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tu
     if args.resume:
         path = last_checkpoint(args.project_name, args.resume)
         return path, load_model(path)
-    path = source_checkpoint(args.project_name, args.wandb_id, args.checkpoint)
-    source = load_model(path)
+    path, published = source_checkpoint(args.project_name, args.wandb_id, args.checkpoint)
+    source = load_model(path, published)
     if source.precision != "fp32":
         raise CheckpointError(
             f"{path} is {source.precision} already; only fp32 networks are quantized: take the run it came from"

@@ -225,7 +225,8 @@ def find_sources(specs: Sequence[str], weights: Sequence[float], project: str) -
         else:
             _, path, provenance = item
             sources.append(Source(name, path, file_hash(path, "sha256"), weight, provenance=provenance))
-    check_distinct([(spec, source.path) for spec, source in zip(specs, sources, strict=True)])
+    within = ["" if source.teacher is None else source.teacher.within for source in sources]
+    check_distinct([(spec, source.path, place) for spec, source, place in zip(specs, sources, within, strict=True)])
     return sources
 
 

@@ -61,7 +61,9 @@ def make_parser(chosen: parts.Parts = parts.STUDENT) -> argparse.ArgumentParser:
     )
     network = parts.add_network_options(parser, chosen)
     network.add_argument("--pretrained", metavar="PATH", default="none",
-                         help="weights to start from: a file, none, or auto (published ones)")  # fmt: skip
+                         help="weights to start from: a published network by name, the id of a run, a file, "
+                              "auto (AudioSet's, for transformers) or none; for other scenes the classifier starts "
+                              "anew")  # fmt: skip
     network.add_argument("--freeze", default="none", metavar="N",
                          help="the first N transformer layers, and all before them, stay as they are; all: only the "
                               "head learns")  # fmt: skip

@@ -36,6 +36,11 @@ class TeacherSource:
     published: str | None = None  # key of PUBLISHED
     frontend: nn.Module | None = None  # that the command line states, where the file records none
 
+    @property
+    def within(self) -> str:
+        """Where in its file the weights are, see models.published.Published."""
+        return PUBLISHED[self.published].within if self.published else ""
+
     def fetch(self) -> "TeacherSource":
         """Itself with the file in its place.
 
@@ -57,7 +62,7 @@ class TeacherSource:
             return loaded if self.frontend is None else replace(loaded, frontend=self.frontend)
         row = PUBLISHED[self.published]
         try:
-            return load_model(self.path, None if row.options is None else (row.architecture, row.options))
+            return load_model(self.path, self.published)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{error}; it should be the {row.architecture} {self.published}: delete {self.path} and its entry "
@@ -108,25 +113,25 @@ def find_teachers(specs: Sequence[str], project: str) -> list[TeacherSource]:
     found = [find_teacher(spec, project) for spec in specs]
     _, *names = unique_names(["ensemble", *(source.name for source in found)])  # of all together, so no teacher's
     sources = [replace(source, name=name).fetch() for source, name in zip(found, names, strict=True)]
-    check_distinct([(spec, source.path) for spec, source in zip(specs, sources, strict=True)])
+    check_distinct([(spec, source.path, source.within) for spec, source in zip(specs, sources, strict=True)])
     return sources
 
 
-def check_distinct(teachers: Sequence[tuple[str, Path]]) -> None:
+def check_distinct(teachers: Sequence[tuple[str, Path, str]]) -> None:
     """Refuses files that hold the same bytes: a teacher would count twice.
 
     Args:
-        teachers: what each was called on the command line, and its file.
+        teachers: what each was called on the command line, its file, and where in it the weights are.
 
     Raises:
         CheckpointError: naming the first two.
     """
-    seen: dict[str, str] = {}
-    sizes = Counter(path.stat().st_size for _, path in teachers if path.is_file())
-    for spec, path in teachers:
+    seen: dict[tuple[str, str], str] = {}
+    sizes = Counter(path.stat().st_size for _, path, _ in teachers if path.is_file())
+    for spec, path, within in teachers:
         if not path.is_file() or sizes[path.stat().st_size] == 1:
             continue
-        digest = file_hash(path, "sha256")
+        digest = file_hash(path, "sha256"), within
         if digest in seen:
             raise CheckpointError(
                 f"{seen[digest]} and {spec} are the same file or copies of it ({path}), which would count twice: name "

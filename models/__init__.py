@@ -3,12 +3,13 @@
 A network is built from its config and maps log-mel (batch, 1, mel, time) to logits (batch, class). It may declare:
 
 - `default_frontend`, a name in FRONTENDS and options of that; else it takes cp_mel with its defaults;
-- `load_pretrained(state)`, `pretrained_url(config)`, `freeze_encoder(n_layers)`: how it starts from weights of others,
-  and which layers can stay as they are;
+- `pretrained_url(config)`, `freeze_encoder(n_layers)`: where published weights to start from are, and which layers can
+  stay as they are;
 - `skips_layers`: in training it leaves out layers now and then;
 - `entry`, `recognise(state)`, `read_authors_file(content)`: a tensor that only its state dict has, what the shapes tell
   of its config, and the form that its authors save it in: so checkpoints that do not say what they hold are read;
-- `claims(names)`: of networks that share an `entry`, whether a state dict with these names is its own.
+- `claims(names)`: of networks that share an `entry`, whether a state dict with these names is its own;
+- `unfolded(state)`: a state dict whose norms were folded into its weights, with norms again.
 
 A front end is a `models.frontends.frontend.Frontend`, which lists what it declares.
 """

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.bounds import MAX_CHANNELS, MAX_LAYERS, MOST, Bounds, check_numbers, check_weights
-from models.state_dicts import differences
 
 INIT_STD = 0.02
 GATE_UNITS = 4  # outputs of grep_linear that are summed to one gate
@@ -404,27 +403,3 @@ class Beats(nn.Module):
         for part in self.frozen:
             part.eval()
         return self
-
-    def load_pretrained(self, state: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Loads an encoder, and its classifier where that fits; nothing is loaded when the encoder does not fit.
-
-        Args:
-            state: state dict of this network, with or without `classifier.*`, such as `read_checkpoint` returns.
-
-        Returns:
-            Names of the entries that were dropped: the classifier's, when it is for another number of classes. Then,
-            and where there is none, ours keeps its random values.
-
-        Raises:
-            ValueError: when anything else is missing, unknown or of another shape; the message lists what.
-        """
-        own, head = self.state_dict(), "classifier.linear.bias"
-        given = state.get(head)
-        other = isinstance(given, Tensor) and given.shape != own[head].shape
-        dropped = tuple(name for name in state if other and name.startswith("classifier."))
-        taken = {name: value for name, value in state.items() if name not in dropped}
-        wanted = own if head in taken else {name: own[name] for name in own if not name.startswith("classifier.")}
-        if what := differences(taken, wanted):
-            raise ValueError(f"the weights do not fit this BEATs network: {what}")
-        self.load_state_dict(own | taken)
-        return dropped

@@ -33,8 +33,8 @@ def read_checkpoint(content: Any, n_classes: int | None = None) -> tuple[BeatsCo
     """Config and weights from the content of a checkpoint in the authors' format, {"cfg": {...}, "model": {...}}.
 
     Both kinds are read: the self-supervised ones, which have no classifier, and those fine-tuned on AudioSet, whose
-    `predictor` is returned as the classifier. `Beats(config).load_pretrained(state)` loads them; for another number of
-    classes than the predictor's it drops the classifier, as the published fine-tuning does.
+    `predictor` is returned as the classifier. For another number of classes than the
+    predictor's it is dropped when they are loaded, as in the published fine-tuning.
 
     Args:
         content: what `torch.load` returns.

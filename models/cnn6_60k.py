@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from models.bounds import MAX_CHANNELS, MAX_LAYERS, MAX_MELS, Bounds, check_channels, check_numbers
 from models.layers.mel_norm import MelNorm
 from models.layers.plus_conv import PlusConv
+from models.state_dicts import adding_norm
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,22 @@ class Cnn6(nn.Module):
         return self.fc2(self.dropout2(x))
 
     @staticmethod
+    def unfolded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights into which the published test script has folded the norms, with norms that do what is left to do."""
+        plain = dict(state)
+        if "bn0.running_mean" not in state and "bn0.weight" in state and "bn0.bias" in state:
+            plain |= adding_norm("bn0", state["bn0.bias"].flatten()) | {"bn0.weight": state["bn0.weight"].flatten()}
+        for name in [name for name in state if re.fullmatch(r"conv[0-9]{1,2}\.sp_conv2\.bias", name)]:
+            plain |= adding_norm(f"{name.split('.')[0]}.bn", plain.pop(name))
+        return plain
+
+    @staticmethod
     def recognise(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Config, and options of the front end, that the shapes of a state dict tell.
 
         Raises:
-            ValueError: for weights with folded norms; LookupError for an incomplete state dict.
+            LookupError: for an incomplete state dict.
         """
-        if "bn0.running_mean" not in state and "bn0.weight" in state:
-            raise ValueError("its norms are folded into the weights: take the checkpoint of the training")
         named = re.compile(r"conv([0-9]{1,2})\.ch_conv1\.weight")
         n_blocks = sum(named.fullmatch(name) is not None for name in state)
         n_mels = state["bn0.weight"].shape[0]

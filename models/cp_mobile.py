@@ -20,6 +20,7 @@ from models.layers.conv_unit import ConvUnit
 from models.layers.global_mean import GlobalMean
 from models.layers.inverted_bottleneck import InvertedBottleneck
 from models.layers.response_norm import ResponseNorm
+from models.state_dicts import unfolded_units
 
 DEFAULT_STRIDES = MappingProxyType({"b2": (2, 2), "b4": (2, 1)})
 
@@ -102,7 +103,7 @@ class CpMobile(nn.Module):
     """Stem of two strided convolutions, stages of `CpMobileBlock`, pointwise classifier, mean over freq and time."""
 
     entry = "in_c.0.0.weight"
-    norms_may_be_folded = True  # in published checkpoints of quantization-aware training
+    unfolded = staticmethod(unfolded_units)  # published checkpoints of quantization-aware training have no norms
     after_block = ResponseNorm
 
     def __init__(self, config: CpMobileConfig):

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.bounds import MAX_CHANNELS, MAX_LAYERS, Bounds, check_numbers, check_weights
-from models.state_dicts import differences
 
 logger = logging.getLogger(__name__)
 
@@ -318,30 +317,6 @@ class Passt(nn.Module):
             parameter.requires_grad_(not name.endswith(("_token", "_embed")))
         for part in (self.patch_embed, *self.blocks[:n_layers], *([self.norm] if n_layers is None else [])):
             part.requires_grad_(False)
-
-    def load_pretrained(self, state: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Loads published weights, such as AudioSet's with 527 classes; nothing is loaded when they do not fit.
-
-        With another number of classes `head.1` and `head_dist` keep their random values; the norm `head.0` is loaded.
-
-        Args:
-            state: the published state dict.
-
-        Returns:
-            Names of the entries that were dropped; empty when the number of classes is the same.
-
-        Raises:
-            ValueError: when anything else is missing, unknown or of another shape; the message lists what.
-        """
-        own, dropped = self.state_dict(), ()
-        if "head.1.bias" in state and len(state["head.1.bias"]) != self.config.n_classes:
-            dropped = tuple(name for name in state if name.startswith(("head.1.", "head_dist.")))
-        taken = {name: value for name, value in state.items() if name not in dropped}
-        wanted = [name for name in own if not (dropped and name.startswith(("head.1.", "head_dist.")))]
-        if what := differences(taken, {name: own[name] for name in wanted}):
-            raise ValueError(f"the weights do not fit PaSST {self.config.arch}: {what}")
-        self.load_state_dict({**own, **taken})
-        return dropped
 
     @staticmethod
     def pretrained_url(config: PasstConfig) -> str:

@@ -1,9 +1,13 @@
-"""What two state dicts differ in, in words."""
+"""State dicts: what two differ in, and norms that were folded into weights."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+
+OF_OBSERVERS = re.compile(r"(^|\.)(weight_fake_quant|activation_post_process|\w*observer)\.")
 
 
 def differences(state: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str:
@@ -24,3 +28,28 @@ def differences(state: Mapping[str, Any], expected: Mapping[str, Tensor]) -> str
 def some(names: Iterable[str]) -> str:
     names = list(names)
     return (", ".join(names[:5]) or "nothing") + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def adding_norm(name: str, bias: Tensor, eps: float = 1e-5) -> dict[str, Tensor]:
+    """The entries of a batch norm called `name` that adds a bias (channel,) and does nothing else."""
+    return {
+        f"{name}.weight": torch.ones_like(bias),
+        f"{name}.bias": bias,
+        f"{name}.running_mean": torch.zeros_like(bias),
+        f"{name}.running_var": torch.full_like(bias, 1 - eps),
+        f"{name}.num_batches_tracked": torch.tensor(0),
+    }
+
+
+def unfolded_units(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of units (convolution .0, norm .1) whose norms were folded into biases, with norms that add the biases.
+
+    Observers and fake quantization of PyTorch's own quantization-aware training are left aside.
+    """
+    plain = {name: value for name, value in state.items() if not OF_OBSERVERS.search(name)}
+    for name in [name for name in plain if name.endswith(".0.bias")]:
+        unit = name.removesuffix(".0.bias")
+        if any(other.startswith(f"{unit}.1.") for other in plain) or f"{unit}.0.weight" not in plain:
+            continue
+        plain |= adding_norm(f"{unit}.1", plain.pop(name))
+    return plain

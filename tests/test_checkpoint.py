@@ -114,10 +114,10 @@ class Malicious:
         (lambda path: path.write_bytes(b""), "is empty"),
         (lambda path: path.write_text("<html>"), "is a web page"),
         (lambda path: torch.save([1, 2], path), "holds no checkpoint but a list"),
-        (lambda path: torch.save({"weights": torch.zeros(3)}, path), "neither"),
+        (lambda path: torch.save({"weights": torch.zeros(3)}, path), "found: weights"),
         (
             lambda path: torch.save({"state_dict": {"model.fc.weight": torch.zeros(3)}}, path),
-            "none of the networks Cp",
+            "none of the networks cp",
         ),
         (lambda path: torch.save({"state_dict": Malicious()}, path), r"holds Python objects \(posix.mkdir\)"),
     ],

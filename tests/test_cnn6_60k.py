@@ -8,7 +8,6 @@ import torchaudio
 from torch import Tensor, nn
 
 from helpers.checkpoints.checkpoint import load_model
-from helpers.checkpoints.foreign import ForeignError, recognise
 from helpers.complexity import measure
 from helpers.quantization import calibrate, convert, float_layers, freeze, prepare, rounding_off, step_of_logits
 from models import get_model
@@ -173,10 +172,28 @@ def test_it_is_read_off_its_shapes(tmp_path, options):
     assert torch.equal(loaded(x), model(x))
 
 
-def test_weights_with_folded_norms_are_refused(golden):
-    fused = {name: torch.zeros(shape) for name, shape in golden("sp4asc_manifest")["state_dict_fused"].items()}
-    with pytest.raises(ForeignError, match="folded"):
-        recognise("x.pt", fused)
+def test_weights_with_folded_norms_are_read(golden, tmp_path):
+    """Folded as the published test script does it, with the eps that it leaves out."""
+    model = fill_state(build()).eval()
+    fused = dict(model.state_dict())
+
+    def scale_and_shift(norm: str) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, bias, mean, var = (fused.pop(f"{norm}.{n}") for n in ("weight", "bias", "running_mean", "running_var"))
+        del fused[f"{norm}.num_batches_tracked"]
+        scale = weight / torch.sqrt(var + 1e-5)
+        return scale, bias - scale * mean
+
+    scale, shift = scale_and_shift("bn0")
+    fused |= {"bn0.weight": scale.view(1, -1, 1, 1), "bn0.bias": shift.view(1, -1, 1, 1)}
+    for i in (1, 2, 3, 4):
+        scale, fused[f"conv{i}.sp_conv2.bias"] = scale_and_shift(f"conv{i}.bn")
+        for name in (f"conv{i}.sp_conv1.weight", f"conv{i}.sp_conv2.weight"):
+            fused[name] = fused[name] * scale.view(-1, 1, 1, 1)
+    manifest = golden("sp4asc_manifest")["state_dict_fused"]
+    assert {name: list(value.shape) for name, value in fused.items()} == manifest
+    torch.save(fused, tmp_path / "fused.pth")
+    x = wave((3, 1, 256, 44), "cnn6/fused", 4)
+    torch.testing.assert_close(load_model(tmp_path / "fused.pth").model(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [QuantConfig(), QuantConfig(quantize_input=True)], ids=["default", "input too"])

@@ -6,6 +6,7 @@ from scipy.signal import stft
 
 from models import get_frontend
 from models.frontends.cp_mel import LOG_OFFSET, CpMel, CpMelConfig
+from models.published import PUBLISHED
 from tests.golden_inputs import clip
 
 CONFIGS = ["mel_cpresnet_eval", "mel_passt_eval", "mel_student_train_pinned"]
@@ -178,3 +179,16 @@ def test_bands_without_a_bin_are_counted(options, n_empty, caplog):
     log_mel = frontend(clip(1.0, 32000, "mel/empty", 1))[0, 0]
     assert int((log_mel.std(dim=1) == 0).sum()) == n_empty
     assert (f"{n_empty} of 256 mel bands hold no bin" in caplog.text) == (n_empty > 0)
+
+
+def test_filters_for_another_rate_than_the_waveforms():
+    """Jeong's entry of 2025, which does not resample: torchaudio's filters for 32 kHz over a spectrum of 44.1 kHz."""
+    frontend = CpMel(CpMelConfig(**PUBLISHED["jeong2025_1"].frontend[1])).eval()
+    waveform = clip(1.0, 44100, "jeong")
+    emphasised = waveform[:, 1:] - 0.97 * waveform[:, :-1]
+    window = torch.hann_window(2048, periodic=False)
+    power = torch.stft(emphasised, 2048, 744, window=window, return_complex=True).abs().square()
+    bank, _ = torchaudio.compliance.kaldi.get_mel_banks(256, 2048, 32000, 0.0, 16000.0, 100.0, -500.0, 1.0)
+    expected = ((bank @ power[:, :-1] + 1e-5).log() + 4.5) / 5
+    torch.testing.assert_close(frontend(waveform)[:, 0], expected, rtol=0, atol=3e-3)
+    assert frontend(torch.zeros(1, 44100)).shape == (1, 1, 256, 60)  # as published

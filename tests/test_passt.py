@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from helpers.checkpoints.pretrained import take_weights
 from models import get_frontend
 from models.passt import ARCHITECTURES, Passt, PasstConfig
 from tests.golden_inputs import clip, fill_state, wave
@@ -300,12 +301,12 @@ def test_initial_weights_are_spread_as_specified():
 def test_audioset_weights_load_without_their_classifier():
     audioset, model = small(n_classes=527), Passt(PasstConfig(**SMALL))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    dropped = model.load_pretrained(audioset.state_dict())
+    dropped = take_weights(model, audioset.state_dict())
     assert dropped == ("head.1.weight", "head.1.bias", "head_dist.weight", "head_dist.bias")
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name] if name in dropped else audioset.state_dict()[name]), name
     same = Passt(PasstConfig(**SMALL, n_classes=527))
-    assert same.load_pretrained(audioset.state_dict()) == ()
+    assert take_weights(same, audioset.state_dict()) == ()
     assert torch.equal(same.head[1].weight, audioset.head[1].weight)
 
 
@@ -315,16 +316,16 @@ def test_weights_that_do_not_fit_are_refused_untouched():
     wrong = {name: value for name, value in state.items() if not name.startswith("blocks.2.")}
     wrong |= {"pos_embed": torch.zeros(3), "norm.bias": torch.zeros(7)}
     with pytest.raises(ValueError) as caught:
-        model.load_pretrained(wrong)
+        take_weights(model, wrong)
     message = str(caught.value)
     assert "blocks.2.norm1.weight, " in message and "and 7 more missing" in message
     assert "pos_embed unknown" in message and "norm.bias (7,) for (24,) of another shape" in message
     with pytest.raises(ValueError, match=r"head_dist\.bias missing"):
         ten = small().state_dict()
         del ten["head_dist.bias"]
-        model.load_pretrained(ten)
+        take_weights(model, ten)
     with pytest.raises(ValueError, match="cls_token unknown"):
-        model.load_pretrained({**state, "cls_token": "text"})
+        take_weights(model, {**state, "cls_token": "text"})
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

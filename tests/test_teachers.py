@@ -85,8 +85,9 @@ def test_a_published_student_is_fetched_by_name_and_gives_the_published_logits(
         fetch = partial(resources.published_file, folder=tmp_path, url=server.url("/weights.ckpt"))
         monkeypatch.setattr(runs_folder, "published_file", fetch)
         monkeypatch.setattr(teachers, "published_file", fetch)
-        path = runs_folder.source_checkpoint("no_project", None, name)
-        assert path == runs_folder.source_checkpoint("no_project", name, None)
+        path, known_as = runs_folder.source_checkpoint("no_project", None, name)
+        assert known_as == ALIASES.get(name, name)
+        assert (path, known_as) == runs_folder.source_checkpoint("no_project", name, None)
         assert teachers.find_teachers([name], "no_project")[0].path == path
         assert len(server.requests) == 1
     loaded = load_model(path)
@@ -95,6 +96,21 @@ def test_a_published_student_is_fetched_by_name_and_gives_the_published_logits(
     logits = data["logits"] if "logits" in data else data["logits_fp32"]["general"][:1]
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(log_mel), logits, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", ["a", "b", "c", "s1", "s2", "s3"])
+def test_of_a_file_with_networks_for_devices_each_is_loaded_by_name(shared, device):
+    path = shared("golden/dcase2025/karasin_sys4_checkpoint.ckpt")
+    data = torch.load(shared("golden/dcase2025/karasin_sys4.pt"), weights_only=True)
+    loaded = load_model(path, f"karasin2025_4_{device}")
+    with torch.no_grad():
+        logits = loaded.model(data["logmel"][None])
+    torch.testing.assert_close(logits, data["logits_fp32"][device][:1], rtol=0, atol=1e-3)
+    assert PUBLISHED[f"karasin2025_4_{device}"].file == "karasin2025_4.ckpt"  # one download for all
+    both = [(name, path, PUBLISHED[name].within) for name in ("karasin2025_4", f"karasin2025_4_{device}")]
+    teachers.check_distinct(both)
+    with pytest.raises(CheckpointError, match="same file"):
+        teachers.check_distinct([both[1], both[1]])
 
 
 def test_another_file_under_the_address_of_a_published_one_is_refused(tmp_path):

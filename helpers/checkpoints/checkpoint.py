@@ -24,7 +24,7 @@ from helpers.errors import UserError
 from helpers.fetch.download import file_hash
 from helpers.loop import NonFiniteLossError, Update
 from helpers.quantization import prepare
-from models import FRONTENDS, MODELS, default_frontend, get_frontend, get_model
+from models import FRONTENDS, MODELS, get_frontend, get_model
 from models.layers.core import QuantConfig
 from models.published import BY_SHA256, PUBLISHED
 from models.state_dicts import differences
@@ -83,7 +83,7 @@ class LoadedModel:
     frontend: nn.Module
     precision: str  # fp32, int8 or fp16
     scenes: tuple[str, ...]  # what the outputs stand for
-    content: dict[str, Any]  # the whole file
+    content: dict[str, Any]  # the whole file, of one of ours
     is_recorded: bool = True  # the file, or the published name, says what network and front end are; else: recognised
 
 
@@ -228,33 +228,41 @@ def restore_training(begun: Checkpoint, subject: Subject, update: Update) -> Non
         raise CheckpointError(f"{path} does not fit this run: {error}") from error
 
 
-def load_model(path: Path | str, network: tuple[str, Mapping[str, Any]] | None = None) -> LoadedModel:
+def read_parts(path: Path, name: str | None = None) -> tuple[dict[str, Any], bool]:
+    """What a checkpoint of ours or a published one holds: `model` and `frontend`, each {name, config, state}, and more.
+
+    Args:
+        name: key of PUBLISHED, of the network that the file must hold; None: what is in it is recognised.
+
+    Returns:
+        The parts, and whether the file, or a published name, says what they are; else they were recognised.
+
+    Raises:
+        CheckpointError: when the file is missing, damaged or foreign.
+    """
+    content = load_file(path)
+    is_ours = content.get("format") == FORMAT
+    if name is None and is_ours:
+        return content, True
+    if name is None:
+        name = BY_SHA256.get(file_hash(path, "sha256"))
+    try:
+        return recognise(path, content, None if name is None else PUBLISHED[name]), name is not None
+    except ForeignError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def load_model(path: Path | str, name: str | None = None) -> LoadedModel:
     """Builds network and front end from a checkpoint of ours or a published one; weights load strictly.
 
     Args:
-        network: architecture and options of a teacher that the file, a bare state dict, must hold; None: what is in it
-            is recognised.
+        name: key of PUBLISHED, of the network that the file must hold; None: what is in it is recognised.
 
     Raises:
         CheckpointError: when the file is missing, damaged or foreign, or its weights do not fit the network it names.
     """
-    path, row = Path(path), None
-    content = load_file(path)
-    if network is not None:
-        (name, options), (frontend, frontend_options) = network, default_frontend(network[0])
-        parts = {
-            "model": {"name": name, "config": options, "state": content},
-            "frontend": {"name": frontend, "config": frontend_options, "state": {}},
-        }
-    elif content.get("format") == FORMAT:
-        parts = content
-    else:
-        row = PUBLISHED.get(BY_SHA256.get(file_hash(path, "sha256"), ""))
-        own = row and (row.frontend or default_frontend(row.architecture))
-        try:
-            parts = recognise(path, content, own)
-        except ForeignError as error:
-            raise CheckpointError(str(error)) from error
+    path = Path(path)
+    parts, is_recorded = read_parts(path, name)
     precision = parts.get("precision", "fp32")
     frontend = build_part(parts["frontend"], FRONTENDS, path).eval()
     example = None
@@ -264,14 +272,14 @@ def load_model(path: Path | str, network: tuple[str, Mapping[str, Any]] | None =
         except ValueError as error:
             raise CheckpointError(f"{path} does not fit the front end it describes: {error}") from error
     model = build_part(parts["model"], MODELS, path, precision, parts.get("quantization"), example).eval()
-    scenes = tuple(parts["scenes"]) if parts is content else SCENES if model.config.n_classes == len(SCENES) else ()
+    scenes = tuple(parts.get("scenes", SCENES if model.config.n_classes == len(SCENES) else ()))
     return LoadedModel(
         model=model,
         frontend=frontend,
         precision=precision,
         scenes=scenes,
-        content=content,
-        is_recorded=parts is content or network is not None or row is not None,
+        content=parts,
+        is_recorded=is_recorded,
     )
 
 

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
-from helpers.checkpoints.state_dicts import as_float32, candidates, log_found, unfolded
+from helpers.checkpoints.nearest import nothing_found
+from helpers.checkpoints.state_dicts import as_float32, candidates, log_found
 from helpers.errors import UserError
 from models import FRONTENDS, MODELS, default_frontend, get_frontend, get_model
+from models.published import PUBLISHED, Published
 from models.state_dicts import some
 
 log = logging.getLogger(__name__)
@@ -26,23 +28,24 @@ class ForeignError(UserError, ValueError):
     """A checkpoint that is not of this project holds no network that is known here, or not the whole of it."""
 
 
-def recognise(
-    path: Path | str, content: Mapping[str, Any], frontend: tuple[str, Mapping[str, Any]] | None = None
-) -> dict[str, Any]:
+def recognise(path: Path | str, content: Mapping[str, Any], row: Published | None = None) -> dict[str, Any]:
     """The parts `model` and `frontend` ({name, config, state} each) of a checkpoint that is not of this project.
 
     Args:
         path: for messages.
         content: what `torch.load` returns.
-        frontend: name and options, where they are known.
+        row: of models.published, where the file is known.
 
     Raises:
         ForeignError: when it holds none of the known networks, or an incomplete one.
     """
+    frontend = None if row is None else row.frontend or default_frontend(row.architecture)
+    if row is not None and row.options is not None:  # a bare state dict
+        return _described(row.architecture, row.options, content, frontend)
     known = {name: cls for name, (_, cls) in MODELS.items() if hasattr(cls, "recognise")}
-    found = candidates(content, known)
+    found = candidates(content, known, "" if row is None else row.within)
     if not found:
-        return _whole(path, content, known)
+        return _whole(path, content)
     if len(found) > 1:
         places = [f"{one.network} in {f'{one.where}*' if one.where else 'names without prefix'}" for one in found]
         raise ForeignError(
@@ -50,8 +53,8 @@ def recognise(
         )
     name, state = found[0].network, as_float32(found[0].state)
     log_found(path, found[0])
-    if getattr(known[name], "norms_may_be_folded", False):
-        state = unfolded(state)
+    if hasattr(known[name], "unfolded"):
+        state = known[name].unfolded(state)
     try:
         config, frontend_options = known[name].recognise(state)
     except KeyError as error:
@@ -61,11 +64,17 @@ def recognise(
     except (IndexError, AttributeError, TypeError, ZeroDivisionError) as error:
         raise ForeignError(f"{path} is no {name} network, its weights have other shapes: {error}") from error
     if frontend is not None:
-        return {
-            "model": {"name": name, "config": dict(config), "state": state},
-            "frontend": {"name": frontend[0], "config": dict(frontend[1]), "state": {}},
-        }
+        return _described(name, config, state, frontend)
     return _parts(path, name, config, state, frontend_options, found[0].others)
+
+
+def _described(
+    name: str, config: Mapping[str, Any], state: Mapping[str, Any], frontend: tuple[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "model": {"name": name, "config": dict(config), "state": state},
+        "frontend": {"name": frontend[0], "config": dict(frontend[1]), "state": {}},
+    }
 
 
 def read_authors_file(path: Path | str, content: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -84,14 +93,10 @@ def read_authors_file(path: Path | str, content: Mapping[str, Any]) -> dict[str,
     return None
 
 
-def _whole(path: Path | str, content: Mapping[str, Any], known: Mapping[str, type]) -> dict[str, Any]:
+def _whole(path: Path | str, content: Mapping[str, Any]) -> dict[str, Any]:
     part = read_authors_file(path, content)
     if part is None:
-        inner = content.get("state_dict")
-        problem = "is neither a checkpoint of this project nor one of" if inner is None else "holds none of"
-        names = inner if isinstance(inner, Mapping) else content
-        networks = ", ".join(cls.__name__ for cls in known.values())
-        raise ForeignError(f"{path} {problem} the networks {networks}; found: {some(map(str, names))}")
+        raise ForeignError(f"{path} {nothing_found(content)}")
     with torch.device("meta"):  # names are all that is wanted
         missing = [name for name in get_model(part["name"], **part["config"]).state_dict() if name not in part["state"]]
     if missing:
@@ -112,14 +117,19 @@ def _parts(
         frontend, options = default_frontend(name)
         frontend = frontend, options | frontend_options
         log.warning(
-            "%s does not tell its front end: taken is %s, as published (--frontend, --hop_size and the others of "
-            "front ends say otherwise)",
-            path, _described(*frontend),
+            "%s does not tell its front end: taken is %s; of the published %s networks some have %s (--frontend, "
+            "--hop_size and the others of front ends say otherwise)",
+            path, _in_words(*frontend), name, " or ".join(published_frontends(name)),
         )  # fmt: skip
-    return {
-        "model": {"name": name, "config": dict(config), "state": state},
-        "frontend": {"name": frontend[0], "config": frontend[1], "state": {}},
-    }
+    return _described(name, config, state, frontend)
+
+
+def published_frontends(architecture: str) -> list[str]:
+    """The front ends of its published networks, and the one that it takes by default, in words."""
+    own = default_frontend(architecture)
+    rows = [row.frontend or own for row in PUBLISHED.values() if row.architecture == architecture]
+    words = [" ".join([name, *(f"{key} {value}" for key, value in options.items())]) for name, options in [own, *rows]]
+    return list(dict.fromkeys(words))
 
 
 def read_frontend(path: Path | str, tensors: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, Any]] | None:
@@ -129,12 +139,12 @@ def read_frontend(path: Path | str, tensors: Mapping[str, torch.Tensor]) -> tupl
         if options is not None:
             log.warning(
                 "%s holds buffers of %s, which do not tell the hop: taken is %s (--hop_size says otherwise)",
-                path, name, _described(name, options),
+                path, name, _in_words(name, options),
             )  # fmt: skip
             return name, options
     return None
 
 
-def _described(name: str, options: Mapping[str, Any]) -> str:
+def _in_words(name: str, options: Mapping[str, Any]) -> str:
     config = get_frontend(name, **options).config
     return f"{name} with " + ", ".join(f"{key} {value}" for key, value in vars(config).items())

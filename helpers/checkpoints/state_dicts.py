@@ -17,7 +17,6 @@ OF_TEACHER = re.compile(r"(^|[._])teachers?([._0-9]|$)")
 # Parts of distillation beside a network whose names have no prefix.
 BESIDE = re.compile(r"^(\w*teachers?\w*|\w*proj(ect\w*|s|\d*)?(_\w+)?|regressor\w*|adapter\w*)\.")
 OF_DEVICE = re.compile(r"(^|\.)device_models\.[^.]+\.$")  # in the container of DCASE 2025, beside the general network
-OF_OBSERVERS = re.compile(r"(^|\.)(weight_fake_quant|activation_post_process|\w*observer)\.")
 
 
 class Candidate(NamedTuple):
@@ -29,22 +28,25 @@ class Candidate(NamedTuple):
     others: dict[str, Tensor]  # what stands beside it and is not of it, by its whole name
 
 
-def candidates(content: Mapping[str, Any], known: Mapping[str, type]) -> list[Candidate]:
+def candidates(content: Mapping[str, Any], known: Mapping[str, type], within: str = "") -> list[Candidate]:
     """The networks in a file; weights that are there twice once.
 
     A teacher is left aside where there is anything else, and networks for single devices where there is a general one.
 
     Args:
         known: networks by name, with the `entry` and the `claims` that models/__init__.py speaks of.
+        within: keys and prefix of names of the one that is meant; "": any.
     """
     found: list[Candidate] = []
-    for keys, tensors in _dicts_of_tensors(content):
+    for keys, tensors in dicts_of_tensors(content):
         for network, cls in known.items():
             for name, value in tensors.items():
                 if (name == cls.entry or name.endswith(f".{cls.entry}")) and not value.is_quantized:
                     candidate = _candidate(network, keys, tensors, name.removesuffix(cls.entry))
                     if not hasattr(cls, "claims") or cls.claims(candidate.state):
                         found.append(candidate)
+    if within:
+        return [candidate for candidate in found if candidate.where == within]
     students = [candidate for candidate in found if not OF_TEACHER.search(candidate.where)]
     unique: list[Candidate] = []
     general = [candidate for candidate in students if not OF_DEVICE.search(candidate.where)]
@@ -63,34 +65,14 @@ def as_float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def unfolded(state: Mapping[str, Tensor], eps: float = 1e-5) -> dict[str, Tensor]:
-    """Weights of units (convolution .0, norm .1) whose norms were folded into biases, with norms that add the biases.
-
-    Observers and fake quantization of PyTorch's own quantization-aware training are left aside.
-    """
-    plain = {name: value for name, value in state.items() if not OF_OBSERVERS.search(name)}
-    for name in [name for name in plain if name.endswith(".0.bias")]:
-        unit = name.removesuffix(".0.bias")
-        if any(other.startswith(f"{unit}.1.") for other in plain) or f"{unit}.0.weight" not in plain:
-            continue
-        bias = plain.pop(name)
-        plain |= {
-            f"{unit}.1.weight": torch.ones_like(bias),
-            f"{unit}.1.bias": bias,
-            f"{unit}.1.running_mean": torch.zeros_like(bias),
-            f"{unit}.1.running_var": torch.full_like(bias, 1 - eps),
-            f"{unit}.1.num_batches_tracked": torch.tensor(0),
-        }
-    return plain
-
-
-def _dicts_of_tensors(content: Mapping, keys: str = "", depth: int = DEPTH) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def dicts_of_tensors(content: Mapping, keys: str = "", depth: int = DEPTH) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The tensors of a file by name, for each of the dicts within dicts, with the keys that lead to it."""
     tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if tensors:
         yield keys, tensors
     for key, value in content.items() if depth else ():
         if isinstance(value, Mapping):
-            yield from _dicts_of_tensors(value, f"{keys}{key}.", depth - 1)
+            yield from dicts_of_tensors(value, f"{keys}{key}.", depth - 1)
 
 
 def _candidate(network: str, keys: str, tensors: dict[str, Tensor], prefix: str) -> Candidate:

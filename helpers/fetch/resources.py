@@ -53,7 +53,7 @@ def published_file(name: str, folder: Path = RESOURCES, url: str | None = None) 
         url: of the file, where it is not at its authors'.
     """
     row = PUBLISHED[name]
-    path, url = folder / f"{name}{row.suffix}", url or row.url
+    path, url = folder / row.file, url or row.url
     if row.licence is None and not path.exists():
         log.info("fetching %s; its repository states no licence", url)
     if row.sha256 is not None:

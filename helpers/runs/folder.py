@@ -51,8 +51,9 @@ def trained_checkpoint(project: str, run: str) -> Path | None:
     return max(folder.glob("*.ckpt"), key=epoch, default=None)
 
 
-def source_checkpoint(project: str, run: str | None, checkpoint: str | None) -> Path:
-    """The checkpoint that --wandb_id or --checkpoint names; a published network is fetched when it is not there.
+def source_checkpoint(project: str, run: str | None, checkpoint: str | None) -> tuple[Path, str | None]:
+    """The checkpoint that --wandb_id or --checkpoint names, and its key in PUBLISHED where it is a published network,
+    which is fetched when it is not there.
 
     Raises:
         CheckpointError: when not exactly one is named, or there is no such run.
@@ -62,11 +63,21 @@ def source_checkpoint(project: str, run: str | None, checkpoint: str | None) -> 
         raise CheckpointError(f"name a run with --wandb_id or a file with --checkpoint, one of them; {there_is}")
     if checkpoint is not None:
         if (checkpoint in PUBLISHED or checkpoint in ALIASES) and not Path(checkpoint).exists():
-            return published_file(published_name(checkpoint))
-        return Path(checkpoint)
+            return published_source(checkpoint)
+        return Path(checkpoint), None
     found = trained_checkpoint(project, run)
     if found is None and (run in PUBLISHED or run in ALIASES):
-        return published_file(published_name(run))
+        return published_source(run)
     if found is None:
         raise CheckpointError(f"no run {run} with a checkpoint in {project}; {there_is}")
-    return found
+    return found, None
+
+
+def published_source(name: str) -> tuple[Path, str]:
+    """The file of a published network, fetched when it is not there, and its key in PUBLISHED.
+
+    Raises:
+        DownloadError: when it cannot be fetched; ValueError for an unknown name.
+    """
+    name = published_name(name)
+    return published_file(name), name

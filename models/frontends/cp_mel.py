@@ -30,6 +30,9 @@ class CpMelConfig:
     f_max: Annotated[
         float | None, "upper edge of the highest band in Hz; None: half the rate minus half fmax_aug_range", Bounds(0)
     ] = None
+    bank_rate: Annotated[
+        int | None, "rate in Hz that the filters are made for, where it is not the waveform's; None: it is", Bounds(1)
+    ] = None
     fmin_aug_range: Annotated[
         int, "training: f_min rises by 0 .. this - 1 Hz, drawn per batch; 1 is off", Bounds(1)
     ] = 1
@@ -40,7 +43,7 @@ class CpMelConfig:
     def __post_init__(self):
         check_numbers(self)
         if self.f_max is None:
-            object.__setattr__(self, "f_max", float(self.sample_rate // 2 - self.fmax_aug_range // 2))
+            object.__setattr__(self, "f_max", float(self.filter_rate // 2 - self.fmax_aug_range // 2))
         mel.check_mel_config(self)
         lowest = self.f_max + self.fmax_aug_range // 2 - (self.fmax_aug_range - 1)
         highest = self.f_min + self.fmin_aug_range - 1
@@ -49,6 +52,11 @@ class CpMelConfig:
                 f"training would draw an f_max down to {lowest:g} Hz and an f_min up to {highest:g} Hz: lower "
                 f"fmax_aug_range ({self.fmax_aug_range}) or fmin_aug_range ({self.fmin_aug_range}; 1 is off)"
             )
+
+    @property
+    def filter_rate(self) -> int:
+        """What the filters take for the rate of the waveform, in Hz: one published network does not resample."""
+        return self.bank_rate or self.sample_rate
 
 
 def hz_to_mel(hz: Tensor | float) -> Tensor:
@@ -86,7 +94,7 @@ def widest_band(config: CpMelConfig) -> int:
     high = hz_to_mel(config.f_max + config.fmax_aug_range // 2)
     step = (high - low) / (config.n_mels + 1)
     width_hz = 700.0 * (torch.exp(high / 1127.0) - torch.exp((high - 2 * step) / 1127.0))
-    return min(int(width_hz * config.n_fft / config.sample_rate) + 2, config.n_fft // 2)
+    return min(int(width_hz * config.n_fft / config.filter_rate) + 2, config.n_fft // 2)
 
 
 class CpMel(mel.Mel):
@@ -107,7 +115,7 @@ class CpMel(mel.Mel):
     preemphasis = PREEMPHASIS
 
     def __init__(self, config: CpMelConfig):
-        bin_hz = torch.arange(config.n_fft // 2) * (config.sample_rate / config.n_fft)
+        bin_hz = torch.arange(config.n_fft // 2) * (config.filter_rate / config.n_fft)
         bin_mel, n_band_bins = hz_to_mel(bin_hz), widest_band(config)
         edges = torch.tensor([config.f_min, config.f_max], dtype=torch.float32)
         bank = kaldi_triangles(bin_mel, config.n_mels, n_band_bins, *edges)
@@ -132,4 +140,4 @@ class CpMel(mel.Mel):
         config = self.config
         f_min = config.f_min + torch.randint(config.fmin_aug_range, (), device=device)
         f_max = config.f_max + config.fmax_aug_range // 2 - torch.randint(config.fmax_aug_range, (), device=device)
-        return f_min.float(), f_max.clamp_max(config.sample_rate / 2).float()  # beyond, a band would be empty
+        return f_min.float(), f_max.clamp_max(config.filter_rate / 2).float()  # beyond, a band would be empty

@@ -37,13 +37,14 @@ def check_mel_config(config: Any) -> None:
     """
     check_numbers(config)
     check_hop(config)
+    rate = getattr(config, "filter_rate", config.sample_rate)
     if config.f_max is None:
-        object.__setattr__(config, "f_max", config.sample_rate / 2)
+        object.__setattr__(config, "f_max", rate / 2)
     if config.n_fft < config.win_length:
         raise ValueError(f"n_fft must be >= win_length ({config.win_length}), got {config.n_fft}")
-    if not 0 <= config.f_min < config.f_max <= config.sample_rate / 2:
+    if not 0 <= config.f_min < config.f_max <= rate / 2:
         raise ValueError(
-            f"f_min and f_max must satisfy 0 <= f_min < f_max <= {config.sample_rate / 2} Hz (half the sample rate), "
+            f"f_min and f_max must satisfy 0 <= f_min < f_max <= {rate / 2} Hz (half the sample rate), "
             f"got f_min {config.f_min}, f_max {config.f_max}"
         )
 
