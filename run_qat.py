@@ -97,6 +97,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         loss_fn, rate = parts.build_loss(args), parts.build_rate(args)
         quant_config, data_config = cli.config_from(args, QuantConfig), cli.config_from(args, DataConfig)
         parts.augment_configs(args)
+        if hasattr(loss_fn, "feature_teacher"):
+            parser.error(f"--loss {args.loss} is for run_training.py: in 8 bits a network is distilled by its logits")
     if args.ptq is not None and args.precision == "fp16":
         parser.error("--ptq chooses ranges of 8-bit integers, half precision has none: leave one of them away")
     if trains and args.freeze_params_epochs > args.n_epochs:

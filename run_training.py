@@ -50,6 +50,7 @@ from helpers.options import (
 from helpers.runs.folder import begun_run
 from helpers.runs.options import parse_run_options
 from helpers.runs.run import open_run
+from helpers.teachers import bring_feature_teacher
 
 
 def make_parser(chosen: parts.Parts = parts.STUDENT) -> argparse.ArgumentParser:
@@ -85,6 +86,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         frontend, loss_fn, rate = parts.build_frontend(args), parts.build_loss(args), parts.build_rate(args)
         data_config = cli.config_from(args, DataConfig)
         parts.check_configs(args)
+        if args.compile and hasattr(loss_fn, "feature_teacher"):
+            parser.error(f"--compile leaves no features for --loss {args.loss}: leave one of them away")
         if args.dry_run:
             return dry_run(args, parts.build_model(args), frontend)
 
@@ -93,6 +96,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # Of a run to resume, the scenes themselves are compared.
         args.n_classes = check_n_classes(None if begun else args.n_classes, data)
         load_teacher(data, args.teacher_logits, loss_fn, args.given)
+        bring_feature_teacher(loss_fn, args.project_name)
         with cli.option_errors(parser):
             augment = parts.build_augment(args, data, frontend, loss_fn).to(machine.device)
             model = start_network(args, begun)
@@ -103,9 +107,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             enforce_limits(measure_second(model, frontend))
         model, frontend = machine.take(model), frontend.to(machine.device)
         check_shapes(model, frontend, data.store.n_samples, machine.device)
+        learns = isinstance(loss_fn, torch.nn.Module)  # the loss has parameters of its own, for this network's features
+        if learns:
+            loss_fn.attach(model, frontend, data.store.n_samples)
     forward = machine.compile(model) if args.compile else model
-    update = Update(build_optimizer(args, model), machine, args.precision, args.accumulate, rate)
-    subject = Subject(model, frontend, data, data_digests(data) | chain_digests(augment))
+    update = Update(build_optimizer(args, model, *[loss_fn] * learns), machine, args.precision, args.accumulate, rate)
+    digests = data_digests(data) | chain_digests(augment)
+    subject = Subject(model, frontend, data, digests, loss=loss_fn if learns else None)
 
     with open_run(parser, args, subject, update, begun) as run:
         learner, metrics, logits = machine.share(forward), {}, None

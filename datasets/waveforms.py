@@ -23,6 +23,7 @@ class Batch:
     recording_device: Tensor | None = None  # (batch,) int64
     teacher_logits: Tensor | None = None  # (batch, class) float32
     log_mel: Tensor | None = None  # (batch, 1, mel, time) float32
+    teacher_log_mel: Tensor | None = None  # (batch, 1, mel, time) float32, of a teacher that is run on the fly
 
     def to(self, device: torch.device) -> "Batch":
         """Moves every field; 16-bit waveforms travel as they are and become floats there."""

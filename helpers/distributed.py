@@ -90,6 +90,12 @@ class Processes:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
+    def average_gradients(self, part: nn.Module) -> None:
+        """Gives all processes the mean of their gradients."""
+        for parameter in part.parameters() if self.size > 1 else ():
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= self.size
+
     def wrap(self, model: nn.Module, device: torch.device, some_unused: bool = False) -> nn.Module:
         """The network whose backward pass averages the gradients over the processes.
 

@@ -157,6 +157,8 @@ class Update:
                 terms = named_terms(loss_fn(logits.float(), part))
                 self.scaler.scale(terms["loss"] * (share * weight)).backward()
             means = {name: means.get(name, 0.0) + term.detach().double() * share for name, term in terms.items()}
+        if isinstance(loss_fn, nn.Module):  # it learns too; the network's gradients were averaged on the way
+            self.machine.processes.average_gradients(loss_fn)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return means

@@ -88,9 +88,9 @@ def add_optimisation_options(parser: argparse.ArgumentParser) -> None:
     optim.add_argument("--beta2", type=cli.number(float, 0, 1, below=True), default=0.999, help="of the optimizer")
 
 
-def build_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of the weights that learn."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def build_optimizer(args: argparse.Namespace, *parts: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of the weights that learn, of the network and of a loss that has some."""
+    learning = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
     return OPTIMIZERS[args.optimizer](
         learning, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True
     )

@@ -166,7 +166,7 @@ def build_augment(args: argparse.Namespace, data: Data, frontend: nn.Module, los
         sample_rate=frontend.sample_rate,
         shape=spectrogram_shape(frontend, data.store.n_samples),
     )
-    return build_chain(augment_configs(args), setting)
+    return build_chain(augment_configs(args), setting, getattr(loss_fn, "hearing", ()))
 
 
 def spectrogram_shape(frontend: nn.Module, n_samples: int) -> tuple[int, int] | None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from helpers.checkpoints.checkpoint import CheckpointError, LoadedModel, load_mo
 from helpers.fetch.download import file_hash
 from helpers.fetch.resources import published_file
 from helpers.machine import Machine
-from helpers.quantization import for_target
+from helpers.quantization import float_network, for_target
 from helpers.runs.folder import trained_checkpoint
 from models.published import ALIASES, OLD_NAMES, PUBLISHED, TEACHERS, published_name
 
@@ -157,6 +157,18 @@ def load_teacher_model(spec: str, project: str) -> LoadedModel:
         DownloadError: when a published file cannot be fetched or was changed.
     """
     return find_teacher(spec, project).fetch().load()
+
+
+def bring_feature_teacher(loss_fn: Any, project: str) -> None:
+    """Gives a loss that learns from the inside of a teacher that teacher; does nothing for others.
+
+    Raises:
+        CheckpointError, DownloadError: as `load_teacher_model`.
+    """
+    if hasattr(loss_fn, "feature_teacher"):
+        loaded = load_teacher_model(loss_fn.feature_teacher, project)
+        loss_fn.take_teacher(float_network(loaded.model) if loaded.precision == "int8" else loaded.model.float(),
+                             loaded.frontend)  # fmt: skip
 
 
 def scorer(source: TeacherSource, loaded: LoadedModel, n_samples: int, machine: Machine) -> tuple[nn.Module, nn.Module]:

@@ -5,6 +5,7 @@ A network is built from its config and maps log-mel (batch, 1, mel, time) to log
 - `default_frontend`, a name in FRONTENDS and options of that; else it takes cp_mel with its defaults;
 - `pretrained_url(config)`, `freeze_encoder(n_layers)`: where published weights to start from are, and which layers can
   stay as they are;
+- `feature_layers`: submodules that put out maps (batch, channel, freq, time), the last of each stage, for distillation;
 - `skips_layers`: in training it leaves out layers now and then;
 - `entry`, `recognise(state)`, `read_authors_file(content)`: a tensor that only its state dict has, what the shapes tell
   of its config, and the form that its authors save it in: so checkpoints that do not say what they hold are read;

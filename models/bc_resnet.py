@@ -111,6 +111,8 @@ class BcResnet(nn.Module):
                 c_in, width = width, int(what * config.base_channels)
                 layer = BroadcastBlock(c_in, width, config.kernel_size, config.dropout, config.sub_bands)
             self.middle_layers.append(layer)
+        # What goes into every norm but the first is the end of a stage.
+        self.feature_layers = tuple(f"middle_layers.{i - 1}" for i, what in enumerate(LAYOUT) if what == "N" and i > 0)
         self.classifier = ConvClassifier(width, config.n_classes)
 
     def forward(self, log_mel: Tensor) -> Tensor:

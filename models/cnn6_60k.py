@@ -68,6 +68,10 @@ class Cnn6(nn.Module):
         self.dropout2 = nn.Dropout(config.dropout)
         self.fc2 = nn.Linear(width, config.n_classes)
 
+    @property
+    def feature_layers(self) -> tuple[str, ...]:
+        return tuple(f"conv{i}" for i in range(1, 1 + len(self.config.channels)))
+
     def forward(self, log_mel: Tensor) -> Tensor:
         """Maps log-mel (batch, 1, mel, time) to logits (batch, class), before softmax.
 

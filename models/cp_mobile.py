@@ -130,6 +130,10 @@ class CpMobile(nn.Module):
         self.pool = GlobalMean()
         self.apply(_init)
 
+    @property
+    def feature_layers(self) -> tuple[str, ...]:
+        return tuple(f"stages.s{i}" for i in range(1, 1 + len(self.config.n_blocks)))
+
     def forward(self, log_mel: Tensor) -> Tensor:
         """Maps log-mel (batch, channel, mel, time) to logits (batch, class), before softmax.
 

@@ -146,6 +146,10 @@ class CpResnet(nn.Module):
         self.smallest_input = _smallest_input(self)
         _init(self)
 
+    @property
+    def feature_layers(self) -> tuple[str, ...]:
+        return tuple(f"stage{i}" for i, n_blocks in enumerate(self.config.n_blocks, start=1) if n_blocks)
+
     def forward(self, log_mel: Tensor) -> Tensor:
         """Maps log-mel (batch, channel, mel, time) to logits (batch, class), before softmax."""
         check_channels(log_mel, self.config.in_channels)

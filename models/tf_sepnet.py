@@ -114,6 +114,8 @@ class TfSepnet(nn.Module):
                 c_in, width = width, int(what * base)
                 layer = TimeFreqSepBlock(c_in, width, config.kernel_size, config.dropout)
             self.middle_layers.append(layer)
+        # What goes into every norm but the first is the end of a stage.
+        self.feature_layers = tuple(f"middle_layers.{i - 1}" for i, what in enumerate(layout) if what == "N" and i > 0)
         self.classifier = ConvClassifier(width, config.n_classes)
         # Two strides round up, pools down.
         self.smallest_input = 4 * (2 ** layout.count("M") - 1) + 1

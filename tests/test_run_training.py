@@ -16,7 +16,7 @@ import torch
 
 import run_training
 from helpers import cli
-from helpers.checkpoints.checkpoint import load_checkpoint, load_model
+from helpers.checkpoints.checkpoint import CheckpointError, load_checkpoint, load_model
 
 pytestmark = pytest.mark.slow
 
@@ -380,3 +380,31 @@ def test_the_environment_variable_names_the_data_set(options, tau, monkeypatch):
     where = options.index("--dataset_dir")
     run_training.main([*options[:where], *options[where + 2 :], "--n_epochs", "1"])
     shutil.rmtree("DCASE23_Task1")
+
+
+def test_features_of_an_own_run_are_distilled_and_resuming_changes_nothing(options, capsys):
+    plain = [*options, "--dir_prob", "0", "--fmax_aug_range", "1"]
+    run_training.main([*plain, "--n_epochs", "1", "--run_id", "teacher"])
+    student = [*plain, "--loss", "feature_distillation", "--feature_teacher", "teacher", "--kd_weight", "0",
+               "--augment", "spec_mask", "mixup", "--mixup_alpha", "0.3"]  # fmt: skip
+    for name in ("--dir_prob", "--dirs_path", "--roll"):
+        del student[(i := student.index(name)) : i + 2]
+    run_training.main([*student, "--n_epochs", "2", "--run_id", "whole"])
+    run_training.main([*student, "--n_epochs", "1", "--run_id", "resumed"])
+    run_training.main(["--resume", "resumed", "--n_epochs", "2"])
+    whole, resumed = (load_checkpoint(f"DCASE23_Task1/{name}/checkpoints/last.pt") for name in ("whole", "resumed"))
+    for part in ("loss", "model"):
+        states = [content[part] if part == "loss" else content[part]["state"] for content in (whole, resumed)]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert lines(Path("DCASE23_Task1/whole"))[-1]["train/feature_loss"] > 0
+    del student[(i := student.index("--base_channels")) : i + 2]
+    for more, message in (
+        (["--compile"], "--compile leaves no features for --loss feature_distillation"),
+        (["--feature_teacher", "nobody"], "no teacher nobody: there is no such file and no such run"),
+        (["--model", "cnn3", "--frontend", "cp_mel", "--n_mels", "40"], "Cnn3 declares no feature_layers"),
+    ):
+        with pytest.raises((SystemExit, CheckpointError)) as stop:
+            run_training.main([*student, *more, "--run_id", "bad"])
+        assert message in f"{stop.value}{capsys.readouterr().err}"
+        assert not Path("DCASE23_Task1/bad").exists()

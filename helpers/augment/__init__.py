@@ -1,6 +1,6 @@
 """Augmentations by name: a plain table, and the chain that applies several in order."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -31,13 +31,14 @@ AUGMENTATIONS = {
 DEFAULT_CHAIN = ("dir", "time_roll", "spec_mask", "freq_mixstyle", "share_mask", "mixup")
 
 
-def build_chain(configs: Mapping[str, Any], setting: Setting) -> nn.ModuleDict:
+def build_chain(configs: Mapping[str, Any], setting: Setting, before: Sequence[nn.Module] = ()) -> nn.ModuleDict:
     """The chain: `waveform` goes before the front end, `log_mel` after it; order is order of application.
 
     Args:
         configs: of the augmentations by name, in order.
+        before: what goes before all others behind the front end.
     """
-    chain = nn.ModuleDict({"waveform": nn.Sequential(), "log_mel": nn.Sequential()})
+    chain = nn.ModuleDict({"waveform": nn.Sequential(), "log_mel": nn.Sequential(*before)})
     for name, config in configs.items():
         cls = AUGMENTATIONS[name][1]
         chain[cls.stage].add_module(name, cls.from_config(config, setting))

@@ -83,6 +83,7 @@ class MixUp(Augmentation):
             log_mel=mixed(batch.log_mel),
             target=None if target is None else mixed(target),
             teacher_logits=teacher_logits,
+            teacher_log_mel=None if batch.teacher_log_mel is None else mixed(batch.teacher_log_mel),
         )
 
 

@@ -61,6 +61,7 @@ SCHEMA = {
 TRAINING_SCHEMA = {
     "optimizer": {"state": {}, "param_groups": [{"lr": (int, float), "params": [int]}]},
     "scaler": {},
+    "loss?": STATE,
     "loop": {
         "epoch": COUNT,
         "step": COUNT,
@@ -102,6 +103,7 @@ class Subject:
     Args:
         digests: of the data, from `helpers.data.data_digests` and the augmentations.
         more: further entries of the checkpoint.
+        loss: one that learns too; None for others.
     """
 
     model: nn.Module
@@ -109,6 +111,7 @@ class Subject:
     data: Data
     digests: Mapping[str, str]
     more: Mapping[str, Any] = field(default_factory=dict)
+    loss: nn.Module | None = None
 
 
 def describe(part: nn.Module, table: Mapping[str, tuple[type, type]]) -> dict[str, Any]:
@@ -162,6 +165,7 @@ def describe_run(subject: Subject, options: Mapping[str, Any]) -> dict[str, Any]
         "recording_devices": list(meta.recording_devices),
         "clip_samples": subject.data.store.n_samples,
         "options": dict(options),
+        **({} if subject.loss is None else {"loss": subject.loss.state_dict()}),
         **subject.more,
     }
 
@@ -207,6 +211,8 @@ def restore_training(begun: Checkpoint, subject: Subject, update: Update) -> Non
     state, processes, device = update.state, update.machine.processes, update.machine.device
     try:
         subject.model.load_state_dict(content["model"]["state"])
+        if subject.loss is not None:
+            subject.loss.load_state_dict(content["loss"])
         update.optimizer.load_state_dict(content["optimizer"])
         update.scaler.load_state_dict(content["scaler"])
         for name, value in content["loop"].items():
