@@ -39,14 +39,7 @@ from helpers.data import (
 )
 from helpers.loop import Update, check_shapes, evaluate, train_one_epoch
 from helpers.machine import open_machine
-from helpers.options import (
-    add_compute_options,
-    add_optimisation_options,
-    add_precision_options,
-    add_run_options,
-    add_training_data_options,
-    build_optimizer,
-)
+from helpers.options import add_training_options, build_optimizer
 from helpers.runs.folder import begun_run
 from helpers.runs.options import parse_run_options
 from helpers.runs.run import open_run
@@ -55,25 +48,7 @@ from helpers.teachers import bring_feature_teacher
 
 def make_parser(chosen: parts.Parts = parts.STUDENT) -> argparse.ArgumentParser:
     parser = cli.Parser(__doc__, prog="run_training.py", usage="python %(prog)s [--option value ...]")
-    run = add_run_options(parser)
-    run.add_argument("--dry_run", action=cli.OnOff, help="print options and complexity, then stop; needs no data")
-    run.add_argument(
-        "--enforce_limits", action=cli.OnOff, help="refuse a network over the challenge's limits at int8 (status 2)"
-    )
-    network = parts.add_network_options(parser, chosen)
-    network.add_argument("--pretrained", metavar="PATH", default="none",
-                         help="weights to start from: a published network by name, the id of a run, a file, "
-                              "auto (AudioSet's, for transformers) or none; for other scenes the classifier starts "
-                              "anew")  # fmt: skip
-    network.add_argument("--freeze", default="none", metavar="N",
-                         help="the first N transformer layers, and all before them, stay as they are; all: only the "
-                              "head learns")  # fmt: skip
-    add_training_data_options(parser)
-    add_precision_options(add_compute_options(parser))
-    parts.add_augmentation_options(parser, chosen)
-    parts.add_loss_options(parser, chosen)
-    add_optimisation_options(parser)
-    parts.add_schedule_options(parser, chosen)
+    add_training_options(parser, chosen)
     return parser
 
 

@@ -5,7 +5,7 @@ import argparse
 import torch
 from torch import nn
 
-from helpers import cli
+from helpers import cli, parts
 from helpers.data import DataConfig
 from helpers.runs.logger import LOGGERS, RUN_ID
 
@@ -86,6 +86,29 @@ def add_optimisation_options(parser: argparse.ArgumentParser) -> None:
     optim.add_argument("--optimizer", choices=[*OPTIMIZERS], default="adam",
                        help="adamw takes weight decay out of the gradient")  # fmt: skip
     optim.add_argument("--beta2", type=cli.number(float, 0, 1, below=True), default=0.999, help="of the optimizer")
+
+
+def add_training_options(parser: argparse.ArgumentParser, chosen: parts.Parts) -> None:
+    """All options of run_training.py."""
+    run = add_run_options(parser)
+    run.add_argument("--dry_run", action=cli.OnOff, help="print options and complexity, then stop; needs no data")
+    run.add_argument(
+        "--enforce_limits", action=cli.OnOff, help="refuse a network over the challenge's limits at int8 (status 2)"
+    )
+    network = parts.add_network_options(parser, chosen)
+    network.add_argument("--pretrained", metavar="PATH", default="none",
+                         help="weights to start from: a published network by name, the id of a run, a file, "
+                              "auto (AudioSet's, for transformers) or none; for other scenes the classifier starts "
+                              "anew")  # fmt: skip
+    network.add_argument("--freeze", default="none", metavar="N",
+                         help="the first N transformer layers, and all before them, stay as they are; all: only the "
+                              "head learns")  # fmt: skip
+    add_training_data_options(parser)
+    add_precision_options(add_compute_options(parser))
+    parts.add_augmentation_options(parser, chosen)
+    parts.add_loss_options(parser, chosen)
+    add_optimisation_options(parser)
+    parts.add_schedule_options(parser, chosen)
 
 
 def build_optimizer(args: argparse.Namespace, *parts: nn.Module) -> torch.optim.Optimizer:
