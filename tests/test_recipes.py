@@ -124,7 +124,7 @@ def test_qat_is_what_nothing_else_said_gives():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_what_print_config_prints_is_the_same_recipe(path, tmp_path, capsys):
-    make_parser = (run_qat if "qat" in path.stem else run_training).make_parser
+    make_parser = (run_training if "model" in read_recipe(path) else run_qat).make_parser
     _, args = parse(make_parser, ["--config", str(path), "--seed", "3"])
     with pytest.raises(SystemExit) as caught:
         parse(make_parser, ["--config", str(path), "--seed", "3", "--print_config"])
