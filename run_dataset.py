@@ -3,29 +3,44 @@
 python run_dataset.py download --dataset_dir data      TAU22 from Zenodo (30 GB), resumable
 python run_dataset.py check --dataset_dir data/TAU...  counts, missing and broken clips; exit status 1 if any
 python run_dataset.py cache --dataset_dir data/TAU...  builds the waveform store that training reads
+python run_dataset.py preview --config recipes/cpjku_student.yaml --out preview   draws what its augmentations do
 """
 
 import helpers.start  # noqa: F401, I001 (before torch)
 
+import argparse
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from datasets.cache import open_store
 from datasets.doctor import check
 from datasets.tau import TAU22_PAGE, read_meta
-from helpers import cli
-from helpers.data import DataConfig, dataset_root
+from helpers import cli, parts
+from helpers.data import DataConfig, dataset_root, load_data, load_teacher
+from helpers.fetch.zenodo import ZENODO_API, download_record
+from helpers.options import add_training_data_options, add_training_options
 from helpers.parts import STUDENT, Parts
 from helpers.recipes import parse
-from helpers.fetch.zenodo import ZENODO_API, download_record
+from helpers.report.preview import pick_clips, write_previews
 
 TAU22_RECORD = 6337421
+USAGE = "run_dataset.py preview --out DIR [--config FILE] [--option value ...]"
+PREVIEW = """Draws what each augmentation of a recipe does to a clip, and what all do together: waveform and log-mel
+before and after, and the difference, as PNG files.
+
+  python run_dataset.py preview --config recipes/cpjku_student.yaml --out preview
+  python run_dataset.py preview --dataset synthetic --augment mixup --mixup_alpha 0.3 --out preview
+
+Takes all options of run_training.py; those of data, front end, augmentations and loss, and --seed, count. An
+augmentation is drawn until it has changed the clip a few times, however small its probability; the middle one is shown.
+"""
 
 
-def make_parser(_chosen: Parts = STUDENT) -> cli.Parser:
+def make_parser(chosen: Parts = STUDENT) -> cli.Parser:
     parser = cli.Parser(__doc__, prog="run_dataset.py")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="download|check|cache")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="download|check|cache|preview")
 
     download = commands.add_parser("download", help="fetch and extract TAU22's development set", description=TAU22_PAGE)
     download.add_argument("--dataset_dir", default=".", help="folder that will hold the data set's own folder")
@@ -43,12 +58,30 @@ def make_parser(_chosen: Parts = STUDENT) -> cli.Parser:
     for command in (doctor, cache):
         command.add_argument("--dataset", choices=["tau22", "synthetic"], default="tau22", help="as in run_training.py")
         command.add_argument("--dataset_dir", help="folder of meta.csv; without it the variable TAU22_DIR")
+
+    shown = commands.add_parser(
+        "preview", help="draw what each augmentation of a recipe does", description=PREVIEW, usage=f"python {USAGE}"
+    )
+    group = shown.add_argument_group("preview")
+    group.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures, made when missing")
+    group.add_argument("--clip", metavar="NAME", help="a clip of the training part; without it, the first clip of the "
+                                                      "recording device with the most")  # fmt: skip
+    add_training_options(shown, chosen)
+    # Of a recipe it takes what decides the pictures; so it takes recipes of other scripts, too.
+    looked_at = cli.Parser()
+    parts.add_network_options(looked_at, chosen)
+    parts.add_augmentation_options(looked_at, chosen)
+    parts.add_loss_options(looked_at, chosen)
+    add_training_data_options(looked_at)
+    shown.reads = {"seed", *(action.dest for action in looked_at._actions)}
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    _, args = parse(make_parser, sys.argv[1:] if argv is None else argv)
+    parser, args = parse(make_parser, sys.argv[1:] if argv is None else argv)
+    if args.command == "preview":
+        return preview(parser, args)
     if args.command == "download":
         folder = download_record(
             args.record, Path(args.dataset_dir), api=args.zenodo_api, keep_archives=args.keep_archives, report=print
@@ -67,6 +100,32 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{finding}")
     print(f"\n{len(findings)} problem{'s' * (len(findings) != 1)}" if findings else "\nall is well")
     return 1 if findings else 0
+
+
+def preview(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Draws what the augmentations do that the options choose."""
+    if not args.augment and not args.cropped:
+        parser.error("--augment names no augmentation, so there is nothing to draw")
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with cli.option_errors(parser):
+        frontend, loss_fn = parts.build_frontend(args), parts.build_loss(args)
+        data_config = cli.config_from(args, DataConfig)
+        parts.check_configs(args)
+    data = load_data(data_config, frontend.sample_rate, args.seed, args.cropped)
+    index = pick_clips(data.train, args.clip, args.seed)
+    load_teacher(data, args.teacher_logits, loss_fn, args.given)
+    with cli.option_errors(parser):
+        chain = parts.build_augment(args, data, frontend, loss_fn)
+    configs = parts.augment_configs(args)
+    pictures, idle = write_previews(folder, data.train, index, chain, configs, frontend, args.seed)
+    for picture in pictures:
+        print(picture)
+    for name in idle:
+        options = asdict(configs[name]) if name in configs else {}
+        words = " ".join(f"--{option} {value}" for option, value in options.items())
+        print(f"{name} changes nothing of {data.train.files[index[0]]} with {words}: no picture")
+    return 0
 
 
 if __name__ == "__main__":

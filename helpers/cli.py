@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from types import MappingProxyType
@@ -60,6 +60,8 @@ class OnOff(argparse.Action):
 
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong with an option; the usage of sixty options would bury it."""
+
+    reads: Collection[str] | None = None  # options that it takes from a recipe, see `recipes.check_recipe`; None: all
 
     def __init__(self, description: str | None = None, **options: Any):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False, **options)

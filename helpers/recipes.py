@@ -6,6 +6,7 @@ it. Every run stores its own, from which the same run can be started again.
 
 import argparse
 import difflib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from datasets.files import ContentError, replacing
 from helpers import cli
 from helpers.errors import UserError
 from helpers.parts import Parts, chosen_parts
+
+log = logging.getLogger(__name__)
 
 # What is said anew every time: it says where a run is kept or how it is looked at, not what it computes.
 NOT_KEPT = {"config", "print_config", "resume", "resume_anyway", "run_id", "dry_run", "given", "script"}
@@ -62,12 +65,18 @@ def check_recipe(parser: argparse.ArgumentParser, recipe: Mapping[str, Any], pat
     """The options of a recipe, of the types that they have.
 
     Args:
-        parser: of the parts that the recipe chooses.
+        parser: of the parts that the recipe chooses. Where it has `reads`, names of options, the recipe may be that of
+            another script: its other lines are passed over.
 
     Raises:
         RecipeError: for an option that the script does not have, or a value that it does not take.
     """
     known = {action.dest: action for action in parser._actions if action.dest not in {"help", *NOT_KEPT}}
+    reads = getattr(parser, "reads", None)
+    if reads is not None:
+        if others := [name for name in recipe if name not in known]:
+            log.info("%s: of no use here: %s", path, ", ".join(others))
+        recipe = {name: value for name, value in recipe.items() if name in reads}
     values = {}
     for name, value in recipe.items():
         if name not in known:
@@ -108,24 +117,25 @@ def parse(
     path = early.parse_known_args(argv)[0].config
     recipe = {} if path is None else read_recipe(path)
     if path is not None:
-        recipe = check_recipe(_of_command(make_parser(chosen_parts([], recipe)), argv), recipe, path)
+        recipe = check_recipe(_of_command(make_parser(chosen_parts([], recipe)), argv)[0], recipe, path)
     parser = make_parser(chosen_parts(argv, saved if saved is not None else recipe))
-    target = _of_command(parser, argv)
+    target, own_argv = _of_command(parser, argv)
     add_recipe_options(target)
     set_defaults(target, recipe)
     args = parser.parse_args(argv)
-    args.given = sorted(cli.given_options(parser, argv))
+    args.given = sorted(cli.given_options(target, own_argv))
     if args.print_config:
         print(recipe_text(target, args), end="")
         parser.exit()
     return parser, args
 
 
-def _of_command(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser of the command that a command line names, where a script has several."""
+def _of_command(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.ArgumentParser, Sequence[str]]:
+    """The parser of the command that a command line names, where a script has several, and what is behind its name."""
     commands = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     choices = commands[0].choices if commands else {}
-    return next((choices[word] for word in argv if word in choices), parser)
+    place = next((i for i, word in enumerate(argv) if word in choices), None)
+    return (parser, argv) if place is None else (choices[argv[place]], argv[place + 1 :])
 
 
 def recipe_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:

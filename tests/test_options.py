@@ -66,10 +66,14 @@ def options() -> Iterator[str]:
         parser = script.make_parser()
         add_recipe_options(parser)
         yield from lines_of(Path(script.__file__).name, parser).values()
+    training = lines_of("", run_training.make_parser())
     (commands,) = (action for action in run_dataset.make_parser()._actions if action.dest == "command")
     for name, parser in commands.choices.items():
         add_recipe_options(parser)
-        yield from lines_of(f"run_dataset.py {name}", parser).values()
+        lines = lines_of(f"run_dataset.py {name}", parser)
+        if name == "preview":  # it has all options of run_training.py
+            lines = {option: line for option, line in lines.items() if option not in training}
+        yield from lines.values()
     common = lines_of("", run_training.make_parser())
     choices = [("model", name, replace(STUDENT, model=name, frontend=default_frontend(name)[0])) for name in MODELS]
     choices += [("frontend", name, replace(STUDENT, frontend=name)) for name in FRONTENDS]

@@ -35,6 +35,7 @@ RUN = {
     "run_qat": "student",
 }  # what <id> stands for; for the teachers' scripts: resnet, passt
 STUDENT = [*SMALL["cp_resnet"][len(DATA) + 2 : -2], "--dataset", "tau22"]
+PREVIEW = ["--dataset", "tau22", "--dataset_dir", "tau", "--cache_path", "cache", "--augment", "time_roll"]
 SMALLER = {
     "run_training": [*DATA, *STUDENT],
     "run_qat": [*DATA[:-8], "--dir_prob", "0", "--batch_size", "8", "--n_epochs", "1", "--freeze_params_epochs", "1",
@@ -97,11 +98,9 @@ def run(script: str, options: list[str]) -> None:
         if options[0] == "download":  # test_zenodo.py downloads from a server
             run_dataset.make_parser().parse_args(options)
             return
-        assert run_dataset.main([*options, *(["--cache_path", "cache"] if options[0] == "cache" else [])]) in (
-            None,
-            0,
-            1,
-        )
+        smaller = {"cache": ["--cache_path", "cache"], "preview": PREVIEW}.get(options[0], [])
+        options = [str(ROOT / word) if word.startswith("recipes/") else word for word in options]
+        assert run_dataset.main([*options, *smaller]) in (None, 0, 1)
         return
     smaller = SMALLER.get(script, [])
     if script == "run_training" and "--config" in options:
