@@ -11,7 +11,7 @@ import helpers.start  # noqa: F401, I001 (before torch)
 import argparse
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from datasets.cache import open_store
@@ -112,6 +112,8 @@ def preview(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         frontend, loss_fn = parts.build_frontend(args), parts.build_loss(args)
         data_config = cli.config_from(args, DataConfig)
         parts.check_configs(args)
+    if args.teacher_logits is None:  # which may be those of a subset; else its list need not be fetched
+        data_config = replace(data_config, subset=100)
     data = load_data(data_config, frontend.sample_rate, args.seed, args.cropped)
     index = pick_clips(data.train, args.clip, args.seed)
     load_teacher(data, args.teacher_logits, loss_fn, args.given)

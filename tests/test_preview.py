@@ -168,8 +168,9 @@ def test_a_picture_is_a_png_with_both_rows(command, tmp_path):
 
 
 def test_a_recipe_of_another_script_is_read_for_its_augmentations(command, pictures, tmp_path):
+    """And fetches no list of a subset for it."""
     recipe = tmp_path / "qat.yaml"
-    recipe.write_text("freeze_params_epochs: 4\nprecision: int8\naugment: [gain]\ngain_p: 0.25\n")
+    recipe.write_text("freeze_params_epochs: 4\nprecision: int8\naugment: [gain]\ngain_p: 0.25\nsubset: 5\n")
     assert run_dataset.main([*command, "--config", str(recipe)]) == 0
     assert pictures["1_gain.png"][0][0].startswith("gain: gain_p 0.25")
 

@@ -35,7 +35,7 @@ RUN = {
     "run_qat": "student",
 }  # what <id> stands for; for the teachers' scripts: resnet, passt
 STUDENT = [*SMALL["cp_resnet"][len(DATA) + 2 : -2], "--dataset", "tau22"]
-PREVIEW = ["--dataset", "tau22", "--dataset_dir", "tau", "--cache_path", "cache", "--augment", "time_roll"]
+PREVIEW = ["--dataset", "tau22", "--dataset_dir", "tau", "--cache_path", "cache"]
 SMALLER = {
     "run_training": [*DATA, *STUDENT],
     "run_qat": [*DATA[:-8], "--dir_prob", "0", "--batch_size", "8", "--n_epochs", "1", "--freeze_params_epochs", "1",
@@ -99,6 +99,7 @@ def run(script: str, options: list[str]) -> None:
             run_dataset.make_parser().parse_args(options)
             return
         smaller = {"cache": ["--cache_path", "cache"], "preview": PREVIEW}.get(options[0], [])
+        smaller = [*smaller, "--augment", "time_roll"] if "--config" in options else smaller
         options = [str(ROOT / word) if word.startswith("recipes/") else word for word in options]
         assert run_dataset.main([*options, *smaller]) in (None, 0, 1)
         return
