@@ -7,7 +7,7 @@ It has no 8-bit form.
 import torch
 from torch import Tensor, nn
 
-from models.layers.residual_norm import normalise_bands
+from models.layers.residual_norm import normalised
 
 
 class AdaptiveResidualNorm(nn.Module):
@@ -26,5 +26,4 @@ class AdaptiveResidualNorm(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.full((1, n_channels, 1, 1), value), requires_grad=learns))
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, channel, freq, time)
-        mean, inverse = normalise_bands(x, self.eps)
-        return self._gamma * torch.lerp((x - mean) * inverse, x, self._rho) + self._beta
+        return torch.addcmul(self._beta, self._gamma, torch.lerp(normalised(x, self.eps), x, self._rho))

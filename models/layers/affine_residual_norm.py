@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from models.layers.residual_norm import normalised
+
 
 class AffineResidualNorm(nn.Module):
     """A learned mixture of the input and its frequency-wise normalisation, then a gain and an offset per channel.
@@ -21,8 +23,5 @@ class AffineResidualNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (batch, channel, freq, time)
         # In float32: in 16 bits sums of squares overflow.
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        n_values = x.shape[1] * x.shape[3]
-        centred = wide - wide.mean(dim=(1, 3), keepdim=True)
-        var = centred.square().mean(dim=(1, 3), keepdim=True) * (n_values / (n_values - 1))
-        normalised = (centred * torch.rsqrt(var + self.eps)).to(x.dtype)
-        return self.gamma * (self.rho * x + (1 - self.rho) * normalised) + self.beta
+        mixed = torch.lerp(normalised(wide, self.eps).to(x.dtype), x, self.rho)
+        return torch.addcmul(self.beta, self.gamma, mixed)

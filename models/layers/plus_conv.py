@@ -37,7 +37,11 @@ class PlusConv(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, channel, first axis, second axis)
-        x = self.ch_conv1(x)
+        if self.training and x.shape[1] == 1:
+            # A single channel does not tell its memory layout; as a matrix product the result has channels last.
+            x = F.linear(x.permute(0, 2, 3, 1), self.ch_conv1.weight.flatten(1)).permute(0, 3, 1, 2)
+        else:
+            x = self.ch_conv1(x)
         return self.relu(self.bn(self.sp_conv1(x) + self.sp_conv2(x)))
 
     def folded(self) -> "PlusConv":

@@ -7,7 +7,10 @@ gain per band, mostly out of a clip. Departure of easy_dcase_task1, kept: the va
 On the target the statistics of a clip decide the scale, so it stays in float between two 8-bit tensors.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers.core import (
@@ -23,15 +26,23 @@ from models.layers.core import (
 from models.layers.xnnpack import XnnBetween
 
 
-def normalise_bands(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / deviation of each clip's bands over channels and frames, (batch, 1, freq, 1) both."""
-    if torch.compiler.is_exporting():  # files have no operator for a variance
-        mean = x.mean(dim=(1, 3), keepdim=True)
-        n = x.shape[1] * x.shape[3]
-        variance = ((x - mean) ** 2).mean(dim=(1, 3), keepdim=True) * (n / (n - 1))
-    else:
-        variance, mean = torch.var_mean(x, dim=(1, 3), keepdim=True)
-    return mean, torch.rsqrt(variance + eps)
+def normalised(x: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps), with the unbiased variance of each clip and band over channels and frames.
+
+    Args:
+        x: (batch, channel, freq, time).
+    """
+    n = x.shape[1] * x.shape[3]
+    if torch.compiler.is_exporting():  # from operators that all runtimes have
+        centred = x - x.mean(dim=(1, 3), keepdim=True)
+        variance = centred.square().mean(dim=(1, 3), keepdim=True) * (n / (n - 1))
+        return centred * torch.rsqrt(variance + eps)
+    # With the channels last in memory a clip's band is one run of values: one pass forward and one backward. The
+    # layer norm has the biased variance, so it takes the factor between the two out of eps and into its gain.
+    bands = x.permute(0, 2, 3, 1)  # (batch, freq, time, channel)
+    share = (n - 1) / n
+    gain = bands.new_full(bands.shape[2:], math.sqrt(share))
+    return F.layer_norm(bands, bands.shape[2:], gain, eps=eps * share).permute(0, 3, 1, 2)
 
 
 class ResidualNorm(nn.Module):
@@ -47,8 +58,7 @@ class ResidualNorm(nn.Module):
         self.identity_share, self.eps = identity_share, eps
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, channel, freq, time)
-        mean, inverse = normalise_bands(x, self.eps)
-        return torch.addcmul(x * self.identity_share, x - mean, inverse)
+        return torch.add(normalised(x, self.eps), x, alpha=self.identity_share)
 
 
 # ---- fake quantization ----------------------------------------------------------------------------------------------
