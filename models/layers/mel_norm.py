@@ -10,11 +10,20 @@ from torch import Tensor, nn
 from models.layers.core import FakeLayer, Place, QuantConfig
 
 
-class MelNorm(nn.BatchNorm2d):
+def by_band(x: Tensor) -> Tensor:
+    """(batch, channel, mel, time) as (batch, mel, channel * time).
+
+    Three axes, not four: of a tensor with an axis of length 1 the memory layout is ambiguous, and PyTorch's batch norm
+    then takes its input's for that of the gradient, which gives wrong gradients on a CPU (2.13).
+    """
+    return x.transpose(1, 2).flatten(2)
+
+
+class MelNorm(nn.BatchNorm1d):
     """Batch norm over the mel bands of (batch, channel, mel, time), with statistics over batch, channel and time."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+        return super().forward(by_band(x)).unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
 
 
 class FakeMelNorm(FakeLayer):
@@ -35,10 +44,9 @@ class FakeMelNorm(FakeLayer):
         if learns:
             self.num_batches_tracked += 1
         y = nn.functional.batch_norm(
-            x.transpose(1, 2), self.running_mean, self.running_var, self.weight, self.bias, learns, self.momentum,
-            self.eps,
-        )  # fmt: skip
-        return y.transpose(1, 2)
+            by_band(x), self.running_mean, self.running_var, self.weight, self.bias, learns, self.momentum, self.eps
+        )
+        return y.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
 
     @torch.no_grad()
     def convert(self) -> "BandScale":
