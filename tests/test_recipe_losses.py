@@ -33,7 +33,7 @@ GOLDEN = ROOT / "tests/golden/losses.txt"
 N_STEPS = 30
 N_EXACT = 5  # steps in which other CPUs, which round sums in another order, differ by rounding alone
 # How far these differences have grown after 30 steps: norms over few values amplify them, and a value that is rounded
-# to another level is a whole step off. Measured with the instructions of several CPUs, and two threads: a third of these.
+# to another level is a whole step off. A third of these was measured with the instructions of several CPUs.
 DRIFT = {
     "cpjku_student": 3e-2, "cpjku_qat": 0.2, "tf_sepnet": 0.1, "tf_sepnet_kd": 0.05, "bc_resnet": 2e-2,
     "sp4asc_ce": 3e-2, "sp4asc_mixup": 3e-2, "sp4asc_focal": 3e-2,
