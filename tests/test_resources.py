@@ -1,7 +1,10 @@
+import hashlib
 import io
+import json
 import shutil
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -11,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from datasets.tau import DataError
+from datasets.tau import SUBSETS, DataError
 from helpers import data as data_module
 from helpers.data import DataConfig, load_data
 from helpers.fetch import resources
@@ -155,7 +158,8 @@ def test_data_efficient_splits_have_the_published_sizes(shared, tmp_path, monkey
     pd.DataFrame(columns).to_csv(root / "meta.csv", sep="\t", index=False)
     for fold, name in (("train", "fold1_train"), ("test", "fold1_evaluate")):
         index[index.fold == fold][["filename"]].to_csv(root / "evaluation_setup" / f"{name}.csv", sep="\t", index=False)
-    for subset in (5, 25):
+    published = json.loads(shared("golden/dcase_baselines/splits.json").read_text())
+    for subset in SUBSETS[:-1]:
         split = index[index[f"in_split{subset}"]][["filename", "scene_label"]].sample(frac=1, random_state=0)
         split.to_csv(tmp_path / f"split{subset}.csv", sep="\t", index=False)
 
@@ -166,10 +170,16 @@ def test_data_efficient_splits_have_the_published_sizes(shared, tmp_path, monkey
     monkeypatch.setattr(data_module, "open_store", lambda *_, **__: NoAudio())
     monkeypatch.setattr(data_module, "read_meta", cache(data_module.read_meta))  # seconds
     monkeypatch.setattr(data_module, "subset_file", lambda subset: tmp_path / f"split{subset}.csv")
-    for subset, n_clips in ((5, 6_980), (25, 34_900), (100, 139_620)):
+    for subset in SUBSETS:
         parts = load_data(DataConfig(dataset_dir=str(root), subset=subset), 32000, seed=0)
-        assert len(parts.train) == n_clips
-        assert len(parts.test) == 29_680
+        for name, clips in ((f"split{subset}", parts.train), ("test", parts.test)):
+            wanted, meta = published[name], parts.meta
+            assert len(clips) == wanted["items"]
+            devices = Counter(meta.recording_devices[i] for i in meta.recording_device[clips.rows])
+            scenes = Counter(meta.scenes[i] for i in meta.scene[clips.rows])
+            assert (devices, scenes) == (wanted["per_device"], wanted["per_class"])
+            digest = hashlib.sha256("\n".join(sorted(clips.files)).encode()).hexdigest()
+            assert digest == wanted.get("sha256_of_sorted_filenames", digest)
     assert parts.groups["unseen"] == ("s4", "s5", "s6")
 
 
