@@ -1,6 +1,6 @@
 """Fetches, examines and prepares the data set.
 
-python run_dataset.py download --dataset_dir data      TAU22 from Zenodo (30 GB), resumable
+python run_dataset.py download --dataset_dir data      TAU22 from Zenodo (30 GB), resumable; others with --set
 python run_dataset.py check --dataset_dir data/TAU...  counts, missing and broken clips; exit status 1 if any
 python run_dataset.py cache --dataset_dir data/TAU...  builds the waveform store that training reads
 python run_dataset.py preview --config recipes/cpjku_student.yaml --out preview   draws what its augmentations do
@@ -16,7 +16,8 @@ from pathlib import Path
 
 from datasets.cache import open_store
 from datasets.doctor import check
-from datasets.tau import TAU22_PAGE, read_meta
+from datasets.known import DATASETS
+from datasets.tau import read_clips
 from helpers import cli, parts
 from helpers.data import DataConfig, dataset_root, load_data, load_teacher
 from helpers.fetch.zenodo import ZENODO_API, download_record
@@ -25,7 +26,10 @@ from helpers.parts import STUDENT, Parts
 from helpers.recipes import parse
 from helpers.report.preview import pick_clips, write_previews
 
-TAU22_RECORD = 6337421
+DOWNLOAD = "Fetches a data set from Zenodo and extracts it; goes on after an interruption.\n\n" + "\n".join(
+    f"  {name:8} {row.title}{'' if row.n_clips is None else f', {row.n_clips:,} clips'} ({row.page})"
+    for name, row in DATASETS.items()
+)
 USAGE = "run_dataset.py preview --out DIR [--config FILE] [--option value ...]"
 PREVIEW = """Draws what each augmentation of a recipe does to a clip, and what all do together: waveform and log-mel
 before and after, and the difference, as PNG files.
@@ -42,12 +46,11 @@ def make_parser(chosen: Parts = STUDENT) -> cli.Parser:
     parser = cli.Parser(__doc__, prog="run_dataset.py")
     commands = parser.add_subparsers(dest="command", required=True, metavar="download|check|cache|preview")
 
-    download = commands.add_parser("download", help="fetch and extract TAU22's development set", description=TAU22_PAGE)
+    download = commands.add_parser("download", help="fetch and extract a data set", description=DOWNLOAD)
+    download.add_argument("--set", choices=[*DATASETS], default="tau22", help="which one, see above")
     download.add_argument("--dataset_dir", default=".", help="folder that will hold the data set's own folder")
     download.add_argument("--keep_archives", action=cli.OnOff, help="do not delete archives once extracted")
-    download.add_argument(
-        "--record", type=cli.number(int, 1, 10**12), default=TAU22_RECORD, help="number of the Zenodo record"
-    )
+    download.add_argument("--record", type=cli.number(int, 1, 10**12), help="number of another Zenodo record")
     download.add_argument("--zenodo_api", default=ZENODO_API, help="address of Zenodo's API")
 
     doctor = commands.add_parser("check", help="examine a data set; exit status 1 when something is wrong")
@@ -83,15 +86,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "preview":
         return preview(parser, args)
     if args.command == "download":
-        folder = download_record(
-            args.record, Path(args.dataset_dir), api=args.zenodo_api, keep_archives=args.keep_archives, report=print
-        )
-        command = shlex.join(["python", "run_dataset.py", "check", "--dataset_dir", str(folder)])
-        print(f"the data set is in {folder}; next: {command}")
-        return 0
+        return download(parser, args)
     root = dataset_root(DataConfig(dataset=args.dataset, dataset_dir=args.dataset_dir))
     if args.command == "cache":
-        store = open_store(read_meta(root), args.resample_rate, args.cache_path)
+        store = open_store(read_clips(root), args.resample_rate, args.cache_path)
         print(f"{len(store.waveforms):,} clips at {store.sample_rate} Hz are in {store.folder}")
         return 0
     counts, findings = check(root, quick=args.quick)
@@ -100,6 +98,23 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{finding}")
     print(f"\n{len(findings)} problem{'s' * (len(findings) != 1)}" if findings else "\nall is well")
     return 1 if findings else 0
+
+
+def download(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    known = DATASETS[args.set]
+    record = args.record or known.record
+    if record is None:
+        parser.error(f"the Zenodo record of {known.title} is not known here: look for it at {known.page} and give "
+                     "its number with --record")  # fmt: skip
+    folder = download_record(
+        record, Path(args.dataset_dir), api=args.zenodo_api, keep_archives=args.keep_archives, report=print
+    )
+    print(f"the data set is in {folder}; next: {check_command(folder)}")
+    return 0
+
+
+def check_command(folder: Path | str) -> str:
+    return shlex.join(["python", "run_dataset.py", "check", "--dataset_dir", str(folder)])
 
 
 def preview(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:

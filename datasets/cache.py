@@ -22,7 +22,7 @@ import numpy as np
 from datasets.files import locked, write_json
 from datasets.store_build import build_store
 from datasets.store_spec import Sources, StoreSpec, file_checksum, make_spec, read_manifest
-from datasets.tau import DataError, Meta
+from datasets.tau import DataError, Evaluation, Meta
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class WaveformStore:
 
 
 def open_store(
-    meta: Meta,
+    meta: Meta | Evaluation,
     sample_rate: int,
     cache_path: Path | str,
     progress: bool = True,
@@ -221,7 +221,7 @@ def _find_folder(folders: list[Path], spec: StoreSpec, sources: Sources) -> tupl
     raise AssertionError("the last folder is not there and so belongs to nobody")
 
 
-def _folders(meta: Meta, sample_rate: int, cache_path: Path | str, joined: bool) -> list[Path]:
+def _folders(meta: Meta | Evaluation, sample_rate: int, cache_path: Path | str, joined: bool) -> list[Path]:
     """Where stores of such a list of clips are, and after them the first place where none is."""
     digest = hashlib.sha256("\n".join(sorted(map(str, meta.files))).encode()).hexdigest()[:8]
     first = Path(cache_path) / f"{meta.root.resolve().name}_r{sample_rate}_{digest}{'_joined' if joined else ''}"
@@ -232,7 +232,7 @@ def _folders(meta: Meta, sample_rate: int, cache_path: Path | str, joined: bool)
         folders.append(first.with_name(f"{first.name}-{number}"))
 
 
-def _recorded_spec(folder: Path, meta: Meta) -> StoreSpec | None:
+def _recorded_spec(folder: Path, meta: Meta | Evaluation) -> StoreSpec | None:
     """What the manifest of a store of the same clips says; None where there is no such store."""
     try:
         manifest = read_manifest(folder)

@@ -14,22 +14,23 @@ import soundfile
 from tqdm import tqdm
 
 from datasets.audio import AudioFormat, odd_samples, open_audio, read_blocks, read_format
+from datasets.known import DataSet, known_as
 from datasets.tau import (
     META_COLUMNS,
-    TAU22_N_CLIPS,
-    TAU22_N_TEST,
-    TAU22_N_TRAIN,
+    TEST_LIST,
     DataError,
+    Evaluation,
     Meta,
+    is_evaluation_set,
     parse_clip_name,
+    read_evaluation,
     read_meta,
     read_table,
 )
 from datasets.tau import test_rows as rows_for_test
 from datasets.tau import train_rows as rows_for_training
 
-TAU22_FOLDER = "TAU-urban-acoustic-scenes-2022-mobile-development"
-TAU22_FORMAT = AudioFormat(sample_rate=44100, n_frames=44100)
+RATE = 44100  # Hz, of all published data sets
 N_EXAMPLES = 5
 INTEGER_SUBTYPES = {"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32"}
 DOWNLOAD_AGAIN = "extract its archive again (`python run_dataset.py download` repairs what is missing)"
@@ -70,10 +71,12 @@ def check(root: Path | str, quick: bool = False, progress: bool = True) -> tuple
         A table of counts beside the published ones, and the findings; none when all is well.
 
     Raises:
-        DataError: when meta.csv itself cannot be read.
+        DataError: when meta.csv itself, or the list of an evaluation set, cannot be read.
     """
+    if is_evaluation_set(root):
+        return _check_evaluation(read_evaluation(root), quick, progress)
     meta = read_meta(root)
-    is_tau22 = len(meta) == TAU22_N_CLIPS or meta.root.resolve().name == TAU22_FOLDER
+    known = known_as(meta.root, len(meta), is_labelled=True)
     findings: list[Finding] = []
     parts: dict[str, np.ndarray] = {}
     for name, read in (("train", rows_for_training), ("test", rows_for_test)):
@@ -84,17 +87,38 @@ def check(root: Path | str, quick: bool = False, progress: bool = True) -> tuple
     if len(parts) == 2 and len(both := np.intersect1d(parts["train"], parts["test"])):
         files = meta.files[both].tolist()
         findings.append(Finding("clip in both the training and the test part", "take it out of one of them", files))
-    findings += _check_counts(meta, parts) if is_tau22 else []
+    n_found = {"all": len(meta)} | {name: len(rows) for name, rows in parts.items()}
+    findings += _check_counts(n_found, known)
     findings += _check_names(meta)
-    findings += _check_files(meta, TAU22_FORMAT if is_tau22 else None, quick, progress)
-    return _counts_table(meta, parts, is_tau22), findings
+    findings += _check_files(meta, known, quick, progress)
+    return _counts_table(meta, parts, _parts_table(n_found, known)), findings
 
 
-def _counts_table(meta: Meta, parts: dict[str, np.ndarray], is_tau22: bool) -> str:
-    published = {"all": TAU22_N_CLIPS, "train": TAU22_N_TRAIN, "test": TAU22_N_TEST}
-    lines = [f"{'part':<12}{'clips':>9}" + (f"{'published':>12}" if is_tau22 else "")]
-    for name, n in ({"all": len(meta)} | {name: len(rows) for name, rows in parts.items()}).items():
-        lines.append(f"{name:<12}{n:>9,}" + (f"{published[name]:>12,}" if is_tau22 else ""))
+def _check_evaluation(clips: Evaluation, quick: bool, progress: bool) -> tuple[str, list[Finding]]:
+    known = known_as(clips.root, len(clips), is_labelled=False)
+    n_found = {"all": len(clips)}
+    findings = [*_check_counts(n_found, known), *_check_files(clips, known, quick, progress)]
+    lines = ["an evaluation set, without labels", "", *_parts_table(n_found, known)]
+    if clips.recording_device is not None:
+        lines += ["", f"{'device':<20}{'all':>9}"]
+        lines += [f"{name:<20}{n:>9,}" for name, n in sorted(Counter(clips.recording_device).items())]
+    return "\n".join(lines), findings
+
+
+def _published(known: DataSet | None) -> dict[str, int]:
+    counts = {} if known is None else {"all": known.n_clips, "train": known.n_train, "test": known.n_test}
+    return {name: n for name, n in counts.items() if n is not None}
+
+
+def _parts_table(n_found: dict[str, int], known: DataSet | None) -> list[str]:
+    published = _published(known)
+    lines = [f"{'part':<12}{'clips':>9}" + (f"{'published':>12}" if published else "")]
+    for name, n in n_found.items():
+        lines.append(f"{name:<12}{n:>9,}" + (f"{published[name]:>12,}" if name in published else ""))
+    return lines
+
+
+def _counts_table(meta: Meta, parts: dict[str, np.ndarray], lines: list[str]) -> str:
     for kind, codes, names in (
         ("scene", meta.scene, meta.scenes),
         ("device", meta.recording_device, meta.recording_devices),
@@ -107,13 +131,12 @@ def _counts_table(meta: Meta, parts: dict[str, np.ndarray], is_tau22: bool) -> s
     return "\n".join(lines)
 
 
-def _check_counts(meta: Meta, parts: dict[str, np.ndarray]) -> Iterator[Finding]:
-    wanted = {"meta.csv": (len(meta), TAU22_N_CLIPS)}
-    wanted |= {"training part": (len(parts["train"]), TAU22_N_TRAIN)} if "train" in parts else {}
-    wanted |= {"test part": (len(parts["test"]), TAU22_N_TEST)} if "test" in parts else {}
-    for name, (found, published) in wanted.items():
-        if found != published:
-            yield Finding(f"{name} has {found:,} clips, published are {published:,}", "extract the meta archive again")
+def _check_counts(n_found: dict[str, int], known: DataSet | None) -> Iterator[Finding]:
+    names = {"all": "the list of clips", "train": "training part", "test": "test part"}
+    for name, n in _published(known).items():
+        if n_found.get(name, n) != n:
+            problem = f"{names[name]} has {n_found[name]:,} clips, published are {n:,}"
+            yield Finding(problem, "extract the meta archive again")
 
 
 def _check_names(meta: Meta) -> Iterator[Finding]:
@@ -128,8 +151,12 @@ def _check_names(meta: Meta) -> Iterator[Finding]:
         yield Finding("labels in meta.csv do not agree with the file name", "extract the meta archive again", wrong)
 
 
-def _check_files(meta: Meta, expected: AudioFormat | None, quick: bool, progress: bool) -> Iterator[Finding]:
-    """Examines the audio files; without an `expected` format, the most frequent one is taken for right."""
+def _check_files(meta: Meta | Evaluation, known: DataSet | None, quick: bool, progress: bool) -> Iterator[Finding]:
+    """Examines the audio files; where no format is published, the most frequent one is taken for right."""
+    is_labelled = isinstance(meta, Meta)
+    listing = "meta.csv" if is_labelled else TEST_LIST.name
+    leave_out = "leave it out of meta.csv" if is_labelled else "a submission answers for it as it is"
+    expected = None if known is None else AudioFormat(RATE, known.seconds * RATE)
     listed = {Path(file).as_posix() for file in meta.files}
     present = {
         f"{folder}/{entry.name}"
@@ -141,7 +168,7 @@ def _check_files(meta: Meta, expected: AudioFormat | None, quick: bool, progress
     if missing := sorted(listed - present):
         yield Finding("listed clip has no file", f"extract all archives: {DOWNLOAD_AGAIN}", missing)
     if extra := sorted(present - listed):
-        yield Finding("audio file that meta.csv does not list", "delete it, or add it to meta.csv", extra)
+        yield Finding(f"audio file that {listing} does not list", f"delete it, or add it to {listing}", extra)
 
     by_format: dict[AudioFormat, list[str]] = defaultdict(list)
     by_digest: dict[bytes, list[str]] = defaultdict(list)
@@ -167,9 +194,9 @@ def _check_files(meta: Meta, expected: AudioFormat | None, quick: bool, progress
     if cut:
         yield Finding("file is cut short", DOWNLOAD_AGAIN, cut)
     if odd:
-        yield Finding("samples are not those of a recording", "write it anew, or leave it out of meta.csv", odd)
+        yield Finding("samples are not those of a recording", f"write it anew, or {leave_out}", odd)
     if silent:
-        yield Finding("clip is silent", f"{DOWNLOAD_AGAIN}; if it stays silent, leave it out of meta.csv", silent)
+        yield Finding("clip is silent", f"{DOWNLOAD_AGAIN}; if it stays silent, {leave_out}", silent)
     if twins := [f"{' = '.join(sorted(same))}" for same in by_digest.values() if len(same) > 1]:
         yield Finding("clips hold the same samples", "keep one of them, or extract their archives again", sorted(twins))
     if by_format:
@@ -178,7 +205,7 @@ def _check_files(meta: Meta, expected: AudioFormat | None, quick: bool, progress
             if form == usual:
                 continue
             what = "another rate" if form.sample_rate != usual.sample_rate else "another length"
-            yield Finding(f"{what}: {form} instead of {usual}", "convert it, or leave it out of meta.csv", of)
+            yield Finding(f"{what}: {form} instead of {usual}", f"convert it, or {leave_out}", of)
 
 
 def _examine_all(root: Path, files: list[str], quick: bool, progress: bool) -> Iterator[tuple[str, Examined]]:

@@ -13,7 +13,7 @@ import soxr
 
 from datasets.audio import RESAMPLER, read_format, resampled_length
 from datasets.files import ContentError, check_content, matching, read_json
-from datasets.tau import DataError, Meta, segment_order
+from datasets.tau import DataError, Evaluation, Meta, segment_order
 
 STORE_VERSION = 2  # 1 knew neither times nor checksums of the audio files
 BLOCK_ROWS = 256  # clips that one task resamples and one checksum covers
@@ -134,7 +134,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def make_spec(
-    meta: Meta, sample_rate: int, order: Sequence[str] | None = None, joined: bool = False
+    meta: Meta | Evaluation, sample_rate: int, order: Sequence[str] | None = None, joined: bool = False
 ) -> tuple[StoreSpec, Sources]:
     """Describes the store that the data set on disk asks for; looks up every audio file's size, reads few headers.
 
@@ -183,10 +183,9 @@ def find_sources(root: Path, files: Sequence[str]) -> Sources:
         beside = root / posixpath.basename(missing[0])
         remedy = "extract all archives, or `python run_dataset.py check` for the whole list"
         if beside.is_file():
-            remedy = f"it lies beside meta.csv, move such files into {(root / missing[0]).parent}"
+            remedy = f"it lies in {root}, move such files into {(root / missing[0]).parent}"
         raise DataError(
-            f"{len(missing)} of {len(files)} clips in {root / 'meta.csv'} have no audio file, first "
-            f"{root / missing[0]}: {remedy}"
+            f"{len(missing)} of {len(files)} clips of {root} have no audio file, first {root / missing[0]}: {remedy}"
         )
     return Sources(root, [one.st_size for one in status], [one.st_mtime_ns for one in status])
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from datasets.known import DATASETS
 from helpers.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,11 +31,12 @@ CITIES = (
 )  # fmt: skip
 DEVICE_GROUPS = {"real": ("a", "b", "c"), "seen": ("s1", "s2", "s3"), "unseen": ("s4", "s5", "s6")}
 
-TAU22_N_CLIPS, TAU22_N_TRAIN, TAU22_N_TEST = 230_350, 139_620, 29_680
-TAU22_PAGE = "https://zenodo.org/records/6337421"
+TAU22 = DATASETS["tau22"]
 SUBSETS = (5, 10, 25, 50, 100)  # percent of the training part, DCASE 2024 Task 1
 SUBSET_URL = "https://github.com/CPJKU/dcase2024_task1_baseline/releases/download/files/split{subset}.csv"
 META_COLUMNS = ("filename", "scene_label", "identifier", "source_label")
+RECORDING_COLUMN = "recording"  # may follow them: what must stay together when recordings are held out
+TEST_LIST = Path("evaluation_setup", "fold1_test.csv")  # of an evaluation set: all there is
 # Absolute paths, drives, folders above, and what no file is called.
 LEAVES_FOLDER = re.compile(r"^[/\\]|^[A-Za-z]:|(?:^|[/\\])\.\.(?:[/\\]|$)|[\x00-\x1f]")
 
@@ -144,7 +146,7 @@ class Meta:
     @property
     def is_tau22(self) -> bool:
         """Whether this is the published development set: the published logits and splits belong to it."""
-        return len(self) == TAU22_N_CLIPS and (self.scenes, self.recording_devices) == (SCENES, RECORDING_DEVICES)
+        return len(self) == TAU22.n_clips and (self.scenes, self.recording_devices) == (SCENES, RECORDING_DEVICES)
 
 
 def read_table(path: Path, columns: Sequence[str]) -> "pandas.DataFrame":
@@ -156,7 +158,7 @@ def read_table(path: Path, columns: Sequence[str]) -> "pandas.DataFrame":
     if not path.is_file():
         raise DataError(
             f"{path} is missing: name the extracted data set with --dataset_dir or TAU22_DIR, or fetch it with "
-            f"`python run_dataset.py download` ({TAU22_PAGE})"
+            f"`python run_dataset.py download` ({TAU22.page})"
         )
     import pandas  # slow to import, and not needed for --help
 
@@ -181,6 +183,56 @@ def _encode(values: "pandas.Series", published: tuple[str, ...]) -> tuple[np.nda
     return pandas.Categorical(values, categories=list(names)).codes.astype(np.int64), names
 
 
+def is_evaluation_set(root: Path | str) -> bool:
+    """Whether a folder holds an evaluation set: a list of clips to classify, and none to train on."""
+    root = Path(root)
+    return (root / TEST_LIST).is_file() and not (root / "evaluation_setup" / "fold1_train.csv").is_file()
+
+
+def _check_filenames(path: Path, files: "pandas.Series") -> None:
+    """Raises DataError where a list names a file twice, or one outside of the data set's folder."""
+    outside = np.flatnonzero(files.str.contains(LEAVES_FOLDER))
+    if len(outside):
+        line = outside[0]
+        raise DataError(f"{path} line {line + 2}: {files[line]!r} does not lie in the data set's folder")
+    twice = files[files.duplicated()]
+    if len(twice):
+        raise DataError(f"{path} lists {twice.iloc[0]} more than once ({len(twice)} repeated lines): remove them")
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A list of clips without labels; arrays (n,) in the order of the list, which submissions keep.
+
+    It has no scenes at all, so that nobody takes a missing label for the first of them.
+    """
+
+    root: Path
+    files: np.ndarray  # file names as written in the list, relative to root
+    recording_device: np.ndarray | None  # names, `unknown` for devices that nobody trains on; None where none are told
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def read_evaluation(root: Path | str) -> Evaluation:
+    """Reads `root`/evaluation_setup/fold1_test.csv: the column filename, and device_id where there is one.
+
+    Raises:
+        DataError: when it is missing, lacks a column, is empty, names a file twice, or one outside of `root`.
+    """
+    path = Path(root) / TEST_LIST
+    table = read_table(path, ["filename"])
+    _check_filenames(path, table.filename)
+    devices = None
+    if "device_id" in table:
+        blank = np.flatnonzero(table.device_id.str.strip() == "")
+        if len(blank):
+            raise DataError(f"{path} line {blank[0] + 2}: the column device_id is empty")
+        devices = table.device_id.str.strip().to_numpy(dtype=object)
+    return Evaluation(Path(root), table.filename.to_numpy(dtype=object), devices)
+
+
 def read_meta(root: Path | str) -> Meta:
     """Reads `root`/meta.csv.
 
@@ -190,31 +242,34 @@ def read_meta(root: Path | str) -> Meta:
         DataError: when it is missing, lacks a column, is empty, names a file twice, or one outside of `root`.
     """
     path = Path(root) / "meta.csv"
+    if is_evaluation_set(root):
+        raise DataError(f"{root} is an evaluation set without labels: nothing can be trained or scored on it")
     table = read_table(path, META_COLUMNS)
     for column in META_COLUMNS:
         blank = np.flatnonzero(table[column].str.strip() == "")
         if len(blank):
             raise DataError(f"{path} line {blank[0] + 2}: the column {column} is empty")
-    outside = np.flatnonzero(table.filename.str.contains(LEAVES_FOLDER))
-    if len(outside):
-        line = outside[0]
-        raise DataError(f"{path} line {line + 2}: {table.filename[line]!r} does not lie in the data set's folder")
+    _check_filenames(path, table.filename)
     for column in META_COLUMNS[1:]:
         stripped = table[column].str.strip()
         if n_blank := int((stripped != table[column]).sum()):
             log.warning("%s: blanks around %d values of %s are taken off", path, n_blank, column)
         table[column] = stripped
-    twice = table.filename[table.filename.duplicated()]
-    if len(twice):
-        raise DataError(f"{path} lists {twice.iloc[0]} more than once ({len(twice)} repeated lines): remove them")
     scene, scenes = _encode(table.scene_label, SCENES)
     recording_device, recording_devices = _encode(table.source_label, RECORDING_DEVICES)
     city, cities = _encode(table.identifier.str.split("-").str[0], CITIES)
     files = table.filename.to_numpy(dtype=object)
     recording, recordings_by = recordings_of(files, table.identifier, table.source_label)
+    if RECORDING_COLUMN in table:
+        recording, recordings_by = table[RECORDING_COLUMN].to_numpy(dtype=object), "the column recording of meta.csv"
     return Meta(
         Path(root), files, scene, recording_device, city, scenes, recording_devices, cities, recording, recordings_by
     )
+
+
+def read_clips(root: Path | str) -> Meta | Evaluation:
+    """A data set with labels or without, whichever the folder holds. Raises DataError as the two readers."""
+    return read_evaluation(root) if is_evaluation_set(root) else read_meta(root)
 
 
 def read_split(meta: Meta, path: Path) -> np.ndarray:

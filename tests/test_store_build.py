@@ -220,5 +220,5 @@ def test_the_odd_clip_is_named_also_when_it_is_the_first(root, tmp_path):
 def test_clips_beside_meta_csv_are_found_in_words(root, tmp_path):
     for file in (root / "audio").iterdir():
         file.rename(root / file.name)
-    with pytest.raises(DataError, match=r"lies beside meta\.csv"):
+    with pytest.raises(DataError, match=r"it lies in .*, move such files into"):
         open_quietly(root, tmp_path / "cache")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets.files import ContentError, check_content, locked, matching, read_state, write_json
+from datasets.tau import TEST_LIST
 from helpers.fetch.download import (
     DownloadError,
     UnreachableError,
@@ -179,11 +180,11 @@ def download_record(
         report: receives the plan and one line per file.
 
     Returns:
-        The folder that holds meta.csv.
+        The folder that holds meta.csv, or evaluation_setup with the list of an evaluation set.
 
     Raises:
         DownloadError: Zenodo cannot be reached or does not know the record; the disk is too small; a file does not fit
-            its checksum; an archive is damaged or unsafe; the record holds no meta.csv.
+            its checksum; an archive is damaged or unsafe; the record holds neither.
     """
     root = Path(root)
     state = root / f".zenodo_{record_id}"
@@ -319,7 +320,11 @@ def _delete_archive(path: Path, done: dict | None) -> None:
 
 def _meta_folder(record_id: int, files: Iterable[RecordFile], root: Path, state: Path) -> Path:
     names = [name for file in files for name in (_read_stamp(state, file) or {"files": ()})["files"]]
-    found = [name for name in names if f"/{name}".endswith("/meta.csv")]
-    if not found:
-        raise DownloadError(f"Zenodo record {record_id} holds no meta.csv; it is not a data set laid out like TAU22")
-    return (root / min(found, key=lambda name: name.count("/"))).parent
+    for listing in ("meta.csv", TEST_LIST.as_posix()):
+        found = [name for name in names if f"/{name}".endswith(f"/{listing}")]
+        if found:
+            place = min(found, key=lambda name: name.count("/"))
+            return root / place.removesuffix(listing)
+    raise DownloadError(
+        f"Zenodo record {record_id} holds no meta.csv and no {TEST_LIST.name}; it is not a data set laid out like TAU22"
+    )
