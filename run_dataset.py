@@ -3,6 +3,8 @@
 python run_dataset.py download --dataset_dir data      TAU22 from Zenodo (30 GB), resumable; others with --set
 python run_dataset.py check --dataset_dir data/TAU...  counts, missing and broken clips; exit status 1 if any
 python run_dataset.py cache --dataset_dir data/TAU...  builds the waveform store that training reads
+python run_dataset.py cut --dataset_dir data/TAU... --out DIR    clips of ten seconds as TAU22 has them
+python run_dataset.py convert --dataset_dir CochlScene --out DIR  CochlScene in TAU22's layout
 python run_dataset.py preview --config recipes/cpjku_student.yaml --out preview   draws what its augmentations do
 """
 
@@ -15,8 +17,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from datasets.cache import open_store
+from datasets.cochlscene import convert_cochlscene
 from datasets.doctor import check
 from datasets.known import DATASETS
+from datasets.segments import cut_data_set
 from datasets.tau import read_clips
 from helpers import cli, parts
 from helpers.data import DataConfig, dataset_root, load_data, load_teacher
@@ -30,6 +34,11 @@ DOWNLOAD = "Fetches a data set from Zenodo and extracts it; goes on after an int
     f"  {name:8} {row.title}{'' if row.n_clips is None else f', {row.n_clips:,} clips'} ({row.page})"
     for name, row in DATASETS.items()
 )
+CUT = """Cuts the clips of TAU 2020 (ten seconds, five parts in the name) into ten segments each, and the lists with
+them: names, order and sample format are those of TAU22. Goes on after an interruption."""
+COCHLSCENE = """Lays the extracted CochlScene (https://zenodo.org/records/7080122, CC BY-SA 3.0) out like TAU22, in
+segments of one second: Train is the training part, Test the test part, Val in neither (fold1_validate.csv); 13 scenes
+of its own; recordings that --val_fraction holds out are those of whole users. Goes on after an interruption."""
 USAGE = "run_dataset.py preview --out DIR [--config FILE] [--option value ...]"
 PREVIEW = """Draws what each augmentation of a recipe does to a clip, and what all do together: waveform and log-mel
 before and after, and the difference, as PNG files.
@@ -44,7 +53,7 @@ augmentation is drawn until it has changed the clip a few times, however small i
 
 def make_parser(chosen: Parts = STUDENT) -> cli.Parser:
     parser = cli.Parser(__doc__, prog="run_dataset.py")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="download|check|cache|preview")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="download|check|cache|cut|convert|preview")
 
     download = commands.add_parser("download", help="fetch and extract a data set", description=DOWNLOAD)
     download.add_argument("--set", choices=[*DATASETS], default="tau22", help="which one, see above")
@@ -61,6 +70,13 @@ def make_parser(chosen: Parts = STUDENT) -> cli.Parser:
     for command in (doctor, cache):
         command.add_argument("--dataset", choices=["tau22", "synthetic"], default="tau22", help="as in run_training.py")
         command.add_argument("--dataset_dir", help="folder of meta.csv; without it the variable TAU22_DIR")
+
+    cut = commands.add_parser("cut", help="cut ten-second clips into segments of one second", description=CUT)
+    convert = commands.add_parser("convert", help="lay CochlScene out like TAU22", description=COCHLSCENE)
+    cut.add_argument("--dataset_dir", required=True, help="folder of meta.csv")
+    convert.add_argument("--dataset_dir", required=True, help="folder of Train, Val and Test")
+    for command in (cut, convert):
+        command.add_argument("--out", required=True, metavar="DIR", help="folder of the new data set")
 
     shown = commands.add_parser(
         "preview", help="draw what each augmentation of a recipe does", description=PREVIEW, usage=f"python {USAGE}"
@@ -87,6 +103,11 @@ def main(argv: list[str] | None = None) -> int:
         return preview(parser, args)
     if args.command == "download":
         return download(parser, args)
+    if args.command in ("cut", "convert"):
+        write = cut_data_set if args.command == "cut" else convert_cochlscene
+        n_segments = write(Path(args.dataset_dir), Path(args.out))
+        print(f"{n_segments:,} segments are in {args.out}; next: {check_command(args.out)}")
+        return 0
     root = dataset_root(DataConfig(dataset=args.dataset, dataset_dir=args.dataset_dir))
     if args.command == "cache":
         store = open_store(read_clips(root), args.resample_rate, args.cache_path)
