@@ -155,8 +155,8 @@ def preview(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     load_teacher(data, args.teacher_logits, loss_fn, args.given)
     with cli.option_errors(parser):
         chain = parts.build_augment(args, data, frontend, loss_fn)
-    configs = parts.augment_configs(args)
-    pictures, idle = write_previews(folder, data.train, index, chain, configs, frontend, args.seed)
+        configs = parts.augment_configs(args)
+        pictures, idle = write_previews(folder, data.train, index, chain, configs, frontend, args.seed)
     for picture in pictures:
         print(picture)
     for name in idle:

@@ -61,7 +61,8 @@ def convert_cochlscene(root: Path, out: Path, progress: bool = True) -> int:
             n_odd += form.n_frames != N_SEGMENTS * form.sample_rate
             names = [segment_name(whole, k) for k in range(n_seconds)]
             rows += [(part, name, found["scene"], place, DEVICE, found["user"]) for name in names]
-            clips.append(Clip(path, [out / name for name in names], is_whole=False))
+            if names:
+                clips.append(Clip(path, [out / name for name in names], is_whole=False))
     if n_odd:
         log.warning("%d files are not ten seconds long; of these the whole seconds are kept, ten at most", n_odd)
     table = pandas.DataFrame(rows, columns=["part", *META_COLUMNS, RECORDING_COLUMN])

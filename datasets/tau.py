@@ -184,9 +184,10 @@ def _encode(values: "pandas.Series", published: tuple[str, ...]) -> tuple[np.nda
 
 
 def is_evaluation_set(root: Path | str) -> bool:
-    """Whether a folder holds an evaluation set: a list of clips to classify, and none to train on."""
-    root = Path(root)
-    return (root / TEST_LIST).is_file() and not (root / "evaluation_setup" / "fold1_train.csv").is_file()
+    """Whether a folder holds an evaluation set: a list of clips to classify, and none to train or score on."""
+    setup = Path(root) / "evaluation_setup"
+    labelled = (setup / "fold1_train.csv", setup / "fold1_evaluate.csv")
+    return (Path(root) / TEST_LIST).is_file() and not any(path.is_file() for path in labelled)
 
 
 def _check_filenames(path: Path, files: "pandas.Series") -> None:

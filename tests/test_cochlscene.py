@@ -97,10 +97,12 @@ def test_other_lengths_keep_their_whole_seconds(cochlscene, tmp_path, caplog):
     soundfile.write(path, soundfile.read(path)[0][: 8 * RATE + 100], RATE, subtype="PCM_16")
     longer = cochlscene / "Test" / "Cafe" / "Cafe_user0500_14867702_000.wav"
     soundfile.write(longer, np.tile(soundfile.read(longer)[0], 2), RATE, subtype="PCM_16")
+    short = cochlscene / "Val" / "Cafe" / "Cafe_user0100_14867702_000.wav"
+    soundfile.write(short, soundfile.read(short)[0][: RATE // 2], RATE, subtype="PCM_16")
     out = tmp_path / "out"
     assert run_dataset.main(["convert", "--dataset_dir", str(cochlscene), "--out", str(out)]) == 0
-    assert "2 files are not ten seconds long" in caplog.text
-    assert len(read_meta(out)) == 418
+    assert "3 files are not ten seconds long" in caplog.text
+    assert len(read_meta(out)) == 408
     assert check(out, progress=False)[1] == []
 
 

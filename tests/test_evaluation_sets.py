@@ -95,6 +95,13 @@ def test_nothing_is_trained_or_scored_on_them(tmp_path, monkeypatch, capsys):
     assert "is an evaluation set without labels" in capsys.readouterr().err
 
 
+def test_a_development_set_that_lacks_a_list_is_none(tau):
+    setup = tau.root / "evaluation_setup"
+    (setup / "fold1_train.csv").rename(setup / "fold1_test.csv")
+    assert not is_evaluation_set(tau.root)
+    assert any("fold1_train.csv is missing" in finding.problem for finding in check(tau.root, quick=True)[1])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -180,6 +180,7 @@ def test_a_recipe_of_another_script_is_read_for_its_augmentations(command, pictu
     [
         (["--clip", "none.wav"], "--clip none.wav is not in the training part of"),
         (["--augment"], "--augment names no augmentation"),
+        (["--augment", "gain", "--hop_size", "9000", "--window_size", "16000", "--n_fft", "16384"], "samples"),
         (["--augment", "gain", "--gain_p", "2"], "gain_p must be in [0, 1], got 2.0"),
     ],
 )
