@@ -161,7 +161,7 @@ def preview(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         print(picture)
     for name in idle:
         options = asdict(configs[name]) if name in configs else {}
-        words = " ".join(f"--{option} {value}" for option, value in options.items())
+        words = " ".join(f"--{option} {value}" for option, value in options.items() if value is not None)
         print(f"{name} changes nothing of {data.train.files[index[0]]} with {words}: no picture")
     return 0
 
