@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             calibrate(model, calibration_batches, args.ptq or "mse", args.percentile)
         else:
             model = model.half()
-    update = Update(build_optimizer(args, model), machine, rate=rate)
+    update = Update(build_optimizer(args, model), machine, rate=rate, max_norm=args.clip_grad_norm)
     more = {
         "precision": args.precision,
         "quantization": asdict(quant_config) if args.precision == "int8" else None,

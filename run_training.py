@@ -19,6 +19,7 @@ import argparse
 import os
 import shlex
 import sys
+from contextlib import nullcontext
 
 import torch
 
@@ -39,7 +40,7 @@ from helpers.data import (
 )
 from helpers.loop import Update, check_shapes, evaluate, train_one_epoch
 from helpers.machine import open_machine
-from helpers.options import add_training_options, build_optimizer
+from helpers.options import add_training_options, build_average, build_optimizer, check_selection
 from helpers.runs.folder import begun_run
 from helpers.runs.options import parse_run_options
 from helpers.runs.run import open_run
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         frontend, loss_fn, rate = parts.build_frontend(args), parts.build_loss(args), parts.build_rate(args)
         data_config = cli.config_from(args, DataConfig)
         parts.check_configs(args)
+        check_selection(args)
         if args.compile and hasattr(loss_fn, "feature_teacher"):
             parser.error(f"--compile leaves no features for --loss {args.loss}: leave one of them away")
         if args.dry_run:
@@ -86,20 +88,28 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if learns:
             loss_fn.attach(model, frontend, data.store.n_samples)
     forward = machine.compile(model) if args.compile else model
-    update = Update(build_optimizer(args, model, *[loss_fn] * learns), machine, args.precision, args.accumulate, rate)
+    optimizer, average = build_optimizer(args, model, *[loss_fn] * learns), build_average(args, model)
+    update = Update(optimizer, machine, args.precision, args.accumulate, rate, args.clip_grad_norm, average)
     digests = data_digests(data) | chain_digests(augment)
-    subject = Subject(model, frontend, data, digests, loss=loss_fn if learns else None)
+    subject = Subject(model, frontend, data, digests, loss=loss_fn if learns else None, average=average)
 
     with open_run(parser, args, subject, update, begun) as run:
         learner, metrics, logits = machine.share(forward), {}, None
-        while run.epoch < args.n_epochs:
+
+        def score() -> tuple[dict[str, float], torch.Tensor]:
+            with nullcontext() if average is None else average.scored():
+                return evaluate(forward, frontend, data, machine, after_batch=run.after_step)
+
+        while not run.is_over:
             metrics = train_one_epoch(learner, frontend, augment, loss_fn, run.batches(data.train), update)
+            if average is not None:
+                average.finish_epoch(run.epoch, args.n_epochs, machine.processes)
             if run.is_scored:
-                scores, logits = evaluate(forward, frontend, data, machine, after_batch=run.after_step)
+                scores, logits = score()
                 metrics |= scores
             run.finish_epoch(metrics)
         if logits is None:  # a finished run, resumed
-            metrics, logits = evaluate(forward, frontend, data, machine, after_batch=run.after_step)
+            metrics, logits = score()
         run.report(metrics, logits)
         print(f"\nlast epoch: test accuracy {metrics['test/acc']:.2%}; report and checkpoints are in {run.dir}")
         as_teacher = ["python", "run_teacher_logits.py", "--project_name", args.project_name, "--teachers", run.id]

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -86,9 +86,12 @@ class Processes:
 
     def share_buffers(self, model: nn.Module) -> None:
         """Gives all processes the buffers (running statistics) of process 0."""
-        if self.size > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
+        self.share_tensors(model.buffers())
+
+    def share_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Gives all processes the tensors of process 0."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor, 0)
 
     def average_gradients(self, part: nn.Module) -> None:
         """Gives all processes the mean of their gradients."""

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from datasets.waveforms import Batch, Clips, batches, epoch_order
+from helpers.averaging import WeightAverage
 from helpers.data import Data
 from helpers.errors import UserError
 from helpers.machine import Machine, Precision
@@ -55,6 +56,7 @@ class LoopState:
     sums: Tensor | None = None  # (loss term,) float64 on the device: losses of the epoch's own clips, summed
     names: tuple[str, ...] = ()  # of the loss terms
     best: float = float("-inf")  # best score on the held-out part so far
+    n_worse: int = 0  # evaluations since then
 
     def add(self, means: dict[str, Tensor], n_own: int, n_clips: int) -> None:
         """Counts a step.
@@ -112,6 +114,8 @@ class Update:
         precision: of the network; fp32, bf16 or fp16.
         rate: the learning rate of a step, from its epoch, its number in it, and how many the epoch has; None: the
             optimizer's own.
+        max_norm: longer gradients, of all weights together, are shortened to it; 0 is off.
+        average: follows the weights; None is off.
         n_parts: pieces that a process computes its share of the batch in, adding up their gradients; less memory, the
             same step but for batch norm's statistics. 1 is off.
     """
@@ -121,6 +125,8 @@ class Update:
     precision: str = "fp32"
     n_parts: int = 1
     rate: Callable[[int, int, int], float] | None = None
+    max_norm: float = 0.0
+    average: WeightAverage | None = None
     state: LoopState = field(default_factory=LoopState)
 
     def __post_init__(self):
@@ -159,8 +165,14 @@ class Update:
             means = {name: means.get(name, 0.0) + term.detach().double() * share for name, term in terms.items()}
         if isinstance(loss_fn, nn.Module):  # it learns too; the network's gradients were averaged on the way
             self.machine.processes.average_gradients(loss_fn)
+        if self.max_norm:
+            self.scaler.unscale_(self.optimizer)
+            learning = [value for group in self.optimizer.param_groups for value in group["params"]]
+            nn.utils.clip_grad_norm_(learning, self.max_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            self.average.after_step()
         return means
 
 

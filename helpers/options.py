@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from helpers import cli, parts
+from helpers.averaging import ExponentialAverage, LastEpochs, WeightAverage
 from helpers.data import DataConfig
 from helpers.runs.logger import LOGGERS, RUN_ID
 
@@ -85,6 +86,11 @@ def add_optimisation_options(parser: argparse.ArgumentParser) -> None:
     optim.add_argument("--weight_decay", type=cli.number(float, 0), default=0.0001, help="Adam adds it to the gradient")
     optim.add_argument("--optimizer", choices=[*OPTIMIZERS], default="adam",
                        help="adamw takes weight decay out of the gradient")  # fmt: skip
+    optim.add_argument("--decay_on", choices=["all", "weights"], default="all",
+                       help="what weight_decay is for: all parameters, as published, or weights of convolutions and "
+                            "matrices alone, not biases and norms")  # fmt: skip
+    optim.add_argument("--clip_grad_norm", type=cli.number(float, 0), default=0.0, metavar="NORM",
+                       help="longer gradients, of all weights together, are shortened to this; 0 is off")  # fmt: skip
     optim.add_argument("--beta2", type=cli.number(float, 0, 1, below=True), default=0.999, help="of the optimizer")
 
 
@@ -108,12 +114,50 @@ def add_training_options(parser: argparse.ArgumentParser, chosen: parts.Parts) -
     parts.add_augmentation_options(parser, chosen)
     parts.add_loss_options(parser, chosen)
     add_optimisation_options(parser)
+    add_selection_options(parser)
     parts.add_schedule_options(parser, chosen)
+
+
+def add_selection_options(parser: argparse.ArgumentParser) -> None:
+    kept = parser.add_argument_group("which weights are scored and kept")
+    kept.add_argument("--ema_decay", type=cli.number(float, 0, 1, below=True), default=0.0, metavar="SHARE",
+                      help="a moving average of the weights, of which this share stays at each step, such as 0.999; 0: "
+                           "the weights themselves")  # fmt: skip
+    kept.add_argument("--average_last", type=cli.number(int, 0), default=0, metavar="N",
+                      help="the mean of the weights after each of the last N epochs; 0 is off")  # fmt: skip
+    kept.add_argument("--early_stopping", type=cli.number(int, 0), default=0, metavar="N",
+                      help="end after N evaluations without a better accuracy on the recordings that --val_fraction "
+                           "holds out; 0 is off")  # fmt: skip
+
+
+def check_selection(args: argparse.Namespace) -> None:
+    """Raises ValueError for options of `add_selection_options` that do not go together."""
+    if args.ema_decay and args.average_last:
+        raise ValueError("ema_decay and average_last are two averages of the weights: leave one of them away")
+    if args.early_stopping and args.val_fraction == 0:
+        raise ValueError("early_stopping looks at held-out recordings alone: say how many with --val_fraction")
+    if args.early_stopping and args.average_last:
+        raise ValueError("average_last must know the last epoch, which early_stopping does not: take ema_decay")
+
+
+def build_average(args: argparse.Namespace, model: nn.Module) -> WeightAverage | None:
+    if args.ema_decay:
+        return ExponentialAverage(model, args.ema_decay)
+    return LastEpochs(model, args.average_last) if args.average_last else None
 
 
 def build_optimizer(args: argparse.Namespace, *parts: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of the weights that learn, of the network and of a loss that has some."""
-    learning = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
+    learning = [(name, value) for part in parts for name, value in part.named_parameters() if value.requires_grad]
+    groups = [{"params": [value for _, value in learning]}]
+    if args.decay_on == "weights":
+        # Gains of norms are called weight too, but have one axis; learned scales of other layers have other names.
+        is_weight = [name.split(".")[-1].startswith("weight") and value.ndim > 1 for name, value in learning]
+        groups = [
+            {"params": [value for (_, value), decays in zip(learning, is_weight, strict=True) if decays]},
+            {"params": [value for (_, value), decays in zip(learning, is_weight, strict=True) if not decays],
+             "weight_decay": 0.0},
+        ]  # fmt: skip
     return OPTIMIZERS[args.optimizer](
-        learning, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True
+        groups, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from datasets.files import ContentError, check_content, matching, plain, replacing
 from datasets.tau import SCENES, Meta
 from datasets.torch_file import read_torch_file
+from helpers.averaging import WeightAverage
 from helpers.checkpoints.foreign import ForeignError, recognise
 from helpers.data import Data
 from helpers.errors import UserError
@@ -62,6 +63,8 @@ TRAINING_SCHEMA = {
     "optimizer": {"state": {}, "param_groups": [{"lr": (int, float), "params": [int]}]},
     "scaler": {},
     "loss?": STATE,
+    "learning?": STATE,  # the weights that learn, where the network is their average
+    "average?": {"n": COUNT, "ends?": COUNT, "latest?": COUNT},
     "loop": {
         "epoch": COUNT,
         "step": COUNT,
@@ -69,6 +72,7 @@ TRAINING_SCHEMA = {
         "sums": (torch.Tensor, type(None)),
         "names": [str],
         "best": (int, float),
+        "n_worse?": COUNT,
     },
     "rng": [{"cpu": torch.Tensor, "cuda": (torch.Tensor, type(None))}],
 }
@@ -104,6 +108,7 @@ class Subject:
         digests: of the data, from `helpers.data.data_digests` and the augmentations.
         more: further entries of the checkpoint.
         loss: one that learns too; None for others.
+        average: of the network's weights, which is scored and kept in their place; None: they are.
     """
 
     model: nn.Module
@@ -112,6 +117,7 @@ class Subject:
     digests: Mapping[str, str]
     more: Mapping[str, Any] = field(default_factory=dict)
     loss: nn.Module | None = None
+    average: WeightAverage | None = None
 
 
 def describe(part: nn.Module, table: Mapping[str, tuple[type, type]]) -> dict[str, Any]:
@@ -156,10 +162,13 @@ def describe_run(subject: Subject, options: Mapping[str, Any]) -> dict[str, Any]
     """
     if not_finite(subject.model.state_dict()) is not None:
         raise NonFiniteLossError("the weights are", options["lr"])
-    meta = subject.data.meta
+    meta, model, average = subject.data.meta, describe(subject.model, MODELS), subject.average
+    if average is not None:
+        model["state"] = average.mean()
     return {
         "data": dict(subject.digests),
-        "model": describe(subject.model, MODELS),
+        "model": model,
+        **({} if average is None else average.saved()),
         "frontend": describe(subject.frontend, FRONTENDS),
         "scenes": list(meta.scenes),
         "recording_devices": list(meta.recording_devices),
@@ -211,6 +220,8 @@ def restore_training(begun: Checkpoint, subject: Subject, update: Update) -> Non
     state, processes, device = update.state, update.machine.processes, update.machine.device
     try:
         subject.model.load_state_dict(content["model"]["state"])
+        if subject.average is not None:
+            subject.average.restore(content)
         if subject.loss is not None:
             subject.loss.load_state_dict(content["loss"])
         update.optimizer.load_state_dict(content["optimizer"])

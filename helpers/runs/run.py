@@ -153,6 +153,12 @@ class Run:
         return self.update.state.epoch
 
     @property
+    def is_over(self) -> bool:
+        """Whether all epochs are done, or as many evaluations without a better score as --early_stopping says."""
+        state, patience = self.update.state, getattr(self.args, "early_stopping", 0)
+        return state.epoch >= self.args.n_epochs or 0 < patience <= state.n_worse
+
+    @property
     def is_scored(self) -> bool:
         """Whether the current epoch ends with an evaluation."""
         return self.epoch + 1 == self.args.n_epochs or (self.epoch + 1) % self.args.eval_every == 0
@@ -192,6 +198,8 @@ class Run:
         better = metrics.get("val/acc", float("-inf")) > state.best
         if better:
             state.best = metrics["val/acc"]
+        if "val/acc" in metrics:
+            state.n_worse = 0 if better else state.n_worse + 1
         state.finish_epoch()
         for name in ("best.pt", "last.pt") if better else ("last.pt",):
             self.save(name)
