@@ -119,10 +119,8 @@ class LastEpochs(WeightAverage):
     def __init__(self, model: nn.Module, n_last: int):
         super().__init__(model)
         self.n_last = n_last
-        self.ends, self.latest = (
-            0,
-            -1,
-        )  # epochs of the training whose last ones these are; the latest that is in the mean
+        self.ends = 0  # epochs of the training whose last ones these are
+        self.latest = -1  # epoch that the mean ends with
 
     def finish_epoch(self, epoch: int, n_epochs: int, processes: Processes) -> None:
         if self.n and self.ends != n_epochs:
