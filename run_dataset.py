@@ -150,7 +150,7 @@ def preview(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         parts.check_configs(args)
     if args.teacher_logits is None:  # which may be those of a subset; else its list need not be fetched
         data_config = replace(data_config, subset=100)
-    data = load_data(data_config, frontend.sample_rate, args.seed, args.cropped)
+    data = load_data(data_config, frontend.sample_rate, args.seed, args.cropped, args.crop_shift)
     index = pick_clips(data.train, args.clip, args.seed)
     load_teacher(data, args.teacher_logits, loss_fn, args.given)
     with cli.option_errors(parser):

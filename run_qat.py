@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     machine = open_machine(parser, args)
     frontend = source.frontend.to(machine.device)
     with machine.processes.main_first():
-        data = load_data(data_config, frontend.sample_rate, args.seed, args.cropped)
+        data = load_data(data_config, frontend.sample_rate, args.seed, args.cropped, args.crop_shift)
         check_scenes(path, source, data.meta, "take another checkpoint")
         augment = torch.nn.ModuleDict()
         if trains:

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             return dry_run(args, parts.build_model(args), frontend)
 
     with machine.processes.main_first():
-        data = load_data(data_config, frontend.sample_rate, args.seed, args.cropped)
+        data = load_data(data_config, frontend.sample_rate, args.seed, args.cropped, args.crop_shift)
         # Of a run to resume, the scenes themselves are compared.
         args.n_classes = check_n_classes(None if begun else args.n_classes, data)
         load_teacher(data, args.teacher_logits, loss_fn, args.given)

@@ -8,17 +8,13 @@ recording side by side, so a window is one contiguous piece of the file. Where c
 its own, from `open_joined_store`: segments that were resampled one by one do not meet without a click.
 """
 
-import logging
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from datasets.cache import WaveformStore
-from datasets.tau import Meta, follows
+from datasets.tau import DataError, Meta, follows
 from datasets.waveforms import Clips
-
-log = logging.getLogger(__name__)
 
 CROP_STREAM = 1  # keeps the draws apart from those of `epoch_order`, which takes the same seed and epoch
 
@@ -36,6 +32,9 @@ class CroppedClips(Clips):
 
     Args:
         meta, rows, store, teacher_logits: as for `Clips`; the store is that of `open_joined_store`.
+
+    Raises:
+        DataError: where no two clips are neighbours.
     """
 
     def __init__(self, meta: Meta, rows: np.ndarray, store: WaveformStore, teacher_logits: np.ndarray | None = None):
@@ -52,7 +51,10 @@ class CroppedClips(Clips):
         self._run_row = torch.from_numpy(self._resident_rows)[self._run_first]
         self._starts: Tensor | None = None
         if len(rows) and length.max() == 1:
-            log.warning("cropped training has no effect: no two clips here are neighbouring segments of a recording")
+            raise DataError(
+                f"windows of recordings need neighbouring segments, which TAU22's file names tell; the training part "
+                f"of {meta.root} has none: leave --cropped away"
+            )
 
     def start_epoch(self, seed: int, epoch: int) -> None:
         """Draws the windows of a whole epoch: a function of the arguments and the list of clips alone.
@@ -79,8 +81,11 @@ class CroppedClips(Clips):
         return self._starts[index]
 
     def _waveform(self, index: Tensor) -> Tensor:
+        return self._windows(self._run_row[index] * self.store.n_samples + self._window_starts(index))
+
+    def _windows(self, start: Tensor) -> Tensor:
+        """Windows (batch, sample) that begin at these samples (batch,) of all waveforms in a row."""
         n_samples = self.store.n_samples
-        start = self._run_row[index] * n_samples + self._window_starts(index)
         if self._on_device is None:
             return torch.from_numpy(self.store.read_windows(start.numpy(), n_samples))
         return self._on_device.view(-1).unfold(0, n_samples, 1)[start]  # of a view (start, sample): no index per sample
@@ -95,6 +100,62 @@ class CroppedClips(Clips):
         logits = self.teacher_logits[self._position[first + segment]].float()
         following_logits = self.teacher_logits[self._position[first + following]].float()
         return torch.lerp(logits, following_logits, share[:, None])
+
+
+class ShiftedClips(CroppedClips):
+    """A training part whose items are the clips themselves, moved back in their recordings by a step or several.
+
+    Source: dragonsearch, https://github.com/dragonsearch/DCASE-Task1, as it means it: a run is joined, rolled by
+    `step`, 2 `step`, ... (all under a clip's length, each as likely) to the right, and cut into clips again. So what
+    comes first in a run begins with the end of the run. The published code cuts all clips of a shift at the beginning
+    of the run, a sample apart.
+
+    Args:
+        meta, rows, store, teacher_logits: as for `CroppedClips`.
+        step: of the shifts in seconds; shorter than a clip.
+
+    Raises:
+        DataError: for a step that is not.
+    """
+
+    def __init__(
+        self, meta: Meta, rows: np.ndarray, store: WaveformStore, teacher_logits: np.ndarray | None = None,
+        step: float = 0.1,
+    ):  # fmt: skip
+        super().__init__(meta, rows, store, teacher_logits)
+        seconds = store.n_samples / store.sample_rate
+        n_shifts = int(np.ceil(seconds / step - 1e-9)) - 1  # shifts shorter than a clip
+        if n_shifts < 1:
+            raise DataError(f"crop_shift must be below {seconds:g}, the seconds of a clip, got {step:g}")
+        self.shifts = np.round(step * np.arange(1, n_shifts + 1) * store.sample_rate).astype(np.int64)  # samples
+        rank = np.empty(len(self.files), dtype=np.int64)
+        rank[self._position.numpy()] = np.arange(len(rank))
+        self._segment = rank - self._run_first.numpy()  # (clip,) number of each clip in its run
+
+    def start_epoch(self, seed: int, epoch: int) -> None:
+        shift = np.random.default_rng([seed, epoch, CROP_STREAM]).choice(self.shifts, len(self._segment))
+        self._starts = torch.from_numpy(self._segment * self.store.n_samples - shift).to(self.scene.device)
+
+    def _waveform(self, index: Tensor) -> Tensor:
+        n_samples, start = self.store.n_samples, self._window_starts(index)
+        # The last clip of the run stands before its first.
+        last, wraps = (self._run_length[index] - 1) * n_samples, start < 0
+        run = self._run_row[index] * n_samples
+        before = self._windows(run + torch.where(wraps, last, start))  # (batch, sample)
+        after = self._windows(run + torch.where(wraps, 0, start))
+        offset = torch.where(wraps, n_samples + start, 0)
+        both = torch.cat([before, after], dim=1).unfold(1, n_samples, 1)  # (batch, sample + 1, sample), a view
+        return both[torch.arange(len(index), device=offset.device), offset]
+
+    def _teacher_logits(self, index: Tensor) -> Tensor:
+        n_samples, length = self.store.n_samples, self._run_length[index]
+        start = self._window_starts(index) % (length * n_samples)
+        segment = start // n_samples
+        share = (start % n_samples).float() / n_samples
+        first = self._run_first[index]
+        logits = self.teacher_logits[self._position[first + segment]].float()
+        following = self.teacher_logits[self._position[first + (segment + 1) % length]].float()
+        return torch.lerp(logits, following, share[:, None])
 
 
 def find_runs(store_rows: np.ndarray, files: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from datasets.cache import WaveformStore, open_joined_store, open_store
-from datasets.crops import CroppedClips
+from datasets.crops import CroppedClips, ShiftedClips
 from datasets.synthetic import SYNTHETIC_NOTICE, write_synthetic
 from datasets.tau import (
     SUBSETS,
@@ -85,13 +85,14 @@ def dataset_root(config: DataConfig) -> Path:
     return Path(named)
 
 
-def load_data(config: DataConfig, sample_rate: int, seed: int, cropped: bool = False) -> Data:
+def load_data(config: DataConfig, sample_rate: int, seed: int, cropped: bool = False, crop_shift: float = 0.0) -> Data:
     """Reads lists and labels, opens the waveform store (built when missing) and cuts out the parts.
 
     Args:
         sample_rate: in Hz.
         seed: of the recordings that are held out.
         cropped: the training part is made of windows of whole recordings instead of their segments.
+        crop_shift: of windows that are not anywhere, but multiples of so many seconds from where the segments are.
 
     Raises:
         DataError: for anything in the data set that does not fit, with the file and the remedy.
@@ -112,8 +113,11 @@ def load_data(config: DataConfig, sample_rate: int, seed: int, cropped: bool = F
     checked = local_rank() not in (None, 0)
     store = open_store(meta, sample_rate, config.cache_path, checked=checked)
     train = Clips(meta, rows, store)
+    if crop_shift > 0 and not cropped:
+        raise DataError(f"crop_shift {crop_shift:g} says where windows are: train on windows with --cropped")
     if cropped:
-        train = CroppedClips(meta, rows, open_joined_store(meta, store, config.cache_path, checked=checked))
+        joined = open_joined_store(meta, store, config.cache_path, checked=checked)
+        train = ShiftedClips(meta, rows, joined, step=crop_shift) if crop_shift else CroppedClips(meta, rows, joined)
     return Data(
         meta=meta,
         store=store,

@@ -54,9 +54,13 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
 
 
 def add_training_data_options(parser: argparse.ArgumentParser) -> None:
-    add_data_options(parser).add_argument(
+    data = add_data_options(parser)
+    data.add_argument(
         "--cropped", action=cli.OnOff, help="train on random windows of the joined segments of a recording"
     )
+    data.add_argument("--crop_shift", type=cli.number(float, 0), default=0.0, metavar="SECONDS",
+                      help="windows of --cropped are the segments moved back by random multiples of this, around the "
+                           "recording, as dragonsearch has it; 0: windows are anywhere")  # fmt: skip
 
 
 def add_compute_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

@@ -217,7 +217,7 @@ def test_styles_of_frames_are_mixed_where_that_is_asked_for():
     by_frame = mix_style(x, lam, partner, "time")
     torch.testing.assert_close(by_frame, mix_style(x.transpose(2, 3), lam, partner).transpose(2, 3))
     assert not torch.allclose(by_frame, mix_style(x, lam, partner))
-    with pytest.raises(ValueError, match="mixstyle_axis must be mel or time"):
+    with pytest.raises(ValueError, match="mixstyle_axis must be mel, time or none"):
         FreqMixStyle(0.5, 0.3, "freq")
 
 
@@ -416,3 +416,72 @@ def test_stripes_hold_the_mean_of_their_band():
     with pytest.raises(ValueError, match="time_width must be <= 100, the size of the spectrogram, got 128"):
         SpecStripes.from_config(SpecStripesConfig(), Setting(clips=None, shape=(64, 100)))
     SpecStripes.from_config(SpecStripesConfig(n_time_stripes=0), Setting(clips=None, shape=(64, 100)))
+
+
+# ---- the other published systems' draws -----------------------------------------------------------------------------
+
+
+def test_mixstyle_of_dragonsearch_is_the_published_one(shared):
+    for case in torch.load(shared("golden/dragonsearch/mixstyle.pt"), weights_only=True)["cases"]:
+        x = wave(tuple(case["shape"]), case["key"], case["scale"])
+        axis = "mel" if case["kind"] == "freq_mixstyle" else "none"
+        mixed = mix_style(x, case["lambda"], case["permutation"], axis)
+        torch.testing.assert_close(mixed, case["output"], rtol=1e-5, atol=1e-5)
+
+
+def test_mixstyle_of_the_baselines_is_the_published_one(shared):
+    data = torch.load(shared("golden/dcase_baselines/mixstyle.pt"), weights_only=True)
+    x = wave(tuple(data["shape"]), data["input_key"], data["scale"])
+    mixed = mix_style(x, torch.tensor(data["lambda"]), torch.tensor(data["perm"]))
+    torch.testing.assert_close(mixed, data["out"], rtol=1e-5, atol=1e-5)
+
+
+def test_impulse_responses_of_easy_dcase_task1_are_the_published_ones(shared):
+    """On device a alone, cut to the length of the clip (mode full)."""
+    data = torch.load(shared("golden/easy_dcase_task1/augment.pt"), weights_only=True)
+    seconds, rate, key, n_clips = data["dir_clip"]
+    batch = Batch(clip(seconds, rate, key, n_clips), recording_device=torch.tensor(data["dir_devices"]))
+    augment = DeviceImpulseResponse([data["dir_ir"].numpy()], batch.waveform.shape[1], p=1.0, recording_devices=[0])
+    torch.testing.assert_close(augment(batch).waveform, data["dir_full"], rtol=0, atol=1e-3)
+
+
+def test_a_batch_may_draw_one_mixing_weight_for_all_clips():
+    torch.manual_seed(0)
+    log_mel = torch.randn(64, 1, 4, 50) * torch.arange(1.0, 65).view(-1, 1, 1, 1)
+    weights = []
+    for per in ("clip", "batch"):
+        torch.manual_seed(3)
+        mixed = FreqMixStyle(1.0, 0.4, per=per)(Batch(log_mel, log_mel=log_mel)).log_mel
+        torch.manual_seed(3)
+        lam = _beta(0.4, 64 if per == "clip" else 1, torch.device("cpu"))
+        torch.rand(())
+        partner = torch.randperm(64)
+        own, new, other = (x.std(dim=3)[:, 0, 0] for x in (log_mel, mixed, log_mel[partner]))
+        torch.testing.assert_close(new, lam * own + (1 - lam) * other, rtol=1e-3, atol=1e-3)
+        weights.append(lam)
+    assert weights[0].std() > 0.1 and len(weights[1]) == 1
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda p: TimeRoll(50, p),
+        lambda p: SpecMask(20, "mel", value=9.0, p=p),
+    ],
+    ids=["roll", "mask"],
+)
+def test_a_share_of_the_clips_is_changed(build, p):
+    torch.manual_seed(0)
+    x = torch.randn(3000, 100)
+    batch = Batch(x, log_mel=x.view(3000, 1, 25, 4))
+    out = build(p)(batch)
+    changed = (out.waveform != x).any(dim=1) | (out.log_mel != batch.log_mel).flatten(1).any(dim=1)
+    # Of masks one in twenty has no width, of rolls one in a hundred no shift.
+    assert changed.float().mean().item() == pytest.approx(p, abs=0.04)
+
+
+def test_a_probability_that_is_none_is_refused():
+    for build in (lambda: TimeRoll(5, 2.0), lambda: SpecMask(5, "mel", 0.0, p=-1.0)):
+        with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
+            build()

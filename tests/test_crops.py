@@ -11,10 +11,11 @@ from scipy.stats import kstest
 
 from datasets.audio import resample, to_int16
 from datasets.cache import open_joined_store, open_store
-from datasets.crops import CroppedClips, find_runs
-from datasets.tau import hold_out_recordings, read_meta, train_rows
+from datasets.crops import CroppedClips, ShiftedClips, find_runs
+from datasets.tau import DataError, hold_out_recordings, read_meta, train_rows
 from datasets.waveforms import Clips, batches, epoch_order
 from tests.conftest import TauFolder, make_tau
+from tests.golden_inputs import wave
 
 CPU = torch.device("cpu")
 RATE, N_SAMPLES, N_SEGMENTS = 4000, 200, 5
@@ -108,7 +109,6 @@ def test_every_item_is_a_window_of_the_joined_segments_of_its_own_recording(fold
     [
         (["park.*-2-a"], [2, 2, 5, 5, 5, 5, 5]),  # a segment that belongs to another part
         (["park.*-0-a", "tram.*-4-s1"], [4, 4, 5, 5, 5, 5]),
-        (["-[13]-"], [1] * 18),  # no neighbours at all: every clip gives itself
         (["bus", "-s1"], [5, 5]),
     ],
 )
@@ -356,3 +356,71 @@ def test_plain_clips_take_no_notice_of_epochs(folder):
     before = clips.batch(torch.arange(4)).waveform
     clips.start_epoch(0, 1)
     assert torch.equal(clips.batch(torch.arange(4)).waveform, before)
+
+
+def test_clips_without_neighbours_are_refused(folder):
+    rows = rows_of(folder, without(train_files(folder), "-[13]-"))
+    with pytest.raises(DataError, match=r"need neighbouring segments, .* has none: leave --cropped away"):
+        make_clips(folder, rows)
+
+
+# ---- shifted clips --------------------------------------------------------------------------------------------------
+
+
+def test_shifted_clips_are_those_that_dragonsearch_means(shared, tmp_path):
+    """Its intended crops, sample by sample; clips of a recording of its own stand in another order in meta.csv."""
+    (case,) = torch.load(shared("golden/dragonsearch/shifted_crops.pt"), weights_only=True)["cases"]
+    rate, recording = case["rate"], wave((1, 10 * case["rate"]), case["key"], 1.0)[0]
+    folder = TauFolder(tmp_path / "tau", rate=rate)
+    levels = (recording / recording.abs().max() * 30000).round().to(torch.int16)
+    for file, segment in zip(case["filenames"], levels.view(10, rate), strict=True):
+        soundfile.write(folder.root / file, segment.numpy(), rate, subtype="PCM_16")
+        folder.rows.append((file, "park", "lyon-1060", "a"))
+    folder.rows = [folder.rows[i] for i in (3, 7, 0, 9, 5, 1, 8, 2, 6, 4)]
+    folder.write_lists(case["filenames"], case["filenames"])
+    meta = read_meta(folder.root)
+    store = open_store(meta, rate, tmp_path / "cache", progress=False)
+    clips = ShiftedClips(meta, train_rows(meta), store)
+    assert clips.shifts.tolist() == case["shifts_samples"]
+    exact = (case["exact_crops"] / recording.abs().max() * 30000).round().to(torch.int16)  # (shift, segment, sample)
+    seen = set()
+    for epoch in range(60):
+        clips.start_epoch(0, epoch)
+        for file, window in zip(clips.files, clips.batch(torch.arange(10)).waveform, strict=True):
+            segment = case["filenames"].index(file)
+            (shift,) = (i for i in range(9) if torch.equal(window, exact[i, segment]))
+            seen.add((shift, segment))
+    assert len(seen) == 90  # every one of them
+
+
+def test_shifted_clips_mix_the_logits_of_the_segments_that_they_overlap(folder):
+    plain = make_clips(folder, cls=Clips)
+    clips = ShiftedClips(plain.meta, plain.rows, plain.store, plain.teacher_logits, step=0.01)
+    clips.start_epoch(0, 0)
+    batch = clips.batch(torch.arange(len(clips)))
+    for run in slow_runs(plain):
+        whole = joined(plain, run).astype(np.int32)
+        for number, position in enumerate(run):
+            before = run[number - 1]  # the last, of the first
+            shifts = [
+                shift
+                for shift in (40, 80, 120, 160)
+                if np.array_equal(np.roll(whole, shift)[number * N_SAMPLES :][:N_SAMPLES], batch.waveform[position])
+            ]
+            share = shifts[0] / N_SAMPLES
+            wanted = share * plain.teacher_logits[before] + (1 - share) * plain.teacher_logits[position]
+            torch.testing.assert_close(
+                batch.teacher_logits[position], torch.as_tensor(wanted).float(), rtol=0, atol=2e-3
+            )
+    with pytest.raises(DataError, match=r"crop_shift must be below 0\.05, the seconds of a clip, got 0\.1"):
+        make_clips(folder, cls=ShiftedClips)
+
+
+def test_shifted_clips_are_the_same_from_the_memory_of_a_device(folder):
+    plain = make_clips(folder, cls=Clips)
+    clips = [ShiftedClips(plain.meta, plain.rows, plain.store, plain.teacher_logits, step=0.01) for _ in "ab"]
+    clips[1].load_onto(CPU)
+    for part in clips:
+        part.start_epoch(2, 3)
+    a, b = (part.batch(torch.arange(len(part))) for part in clips)
+    assert torch.equal(a.waveform, b.waveform) and torch.equal(a.teacher_logits, b.teacher_logits)

@@ -16,6 +16,7 @@ from helpers.augment.augmentation import Augmentation, Setting
 from models.bounds import Bounds, check_numbers
 
 EPS = 1e-6
+OVER = {"mel": (1, 3), "time": (1, 2), "none": (2, 3)}  # axes of (batch, channel, mel, time) that statistics are over
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,10 @@ class FreqMixStyleConfig:
     mixstyle_p: Annotated[float, "share of batches with Freq-MixStyle; 0 is off", Bounds(0, 1)] = 0.4
     mixstyle_alpha: Annotated[float, "parameter of its Beta distribution", Bounds(0, above=True)] = 0.3
     mixstyle_axis: Annotated[
-        Literal["mel", "time"], "what has statistics of its own: bands, or frames as in BEATs' published recipe"
+        Literal["mel", "time", "none"],
+        "what has statistics of its own: bands; frames, as in BEATs' published recipe; or nothing, as MixStyle has it",
     ] = "mel"
+    mixstyle_per: Annotated[Literal["clip", "batch"], "what draws a mixing weight"] = "clip"
 
     def __post_init__(self):
         check_numbers(self)
@@ -36,7 +39,8 @@ class FreqMixStyle(Augmentation):
     Args:
         p: probability for a batch; 0 is off.
         alpha: parameter of the Beta(alpha, alpha) distribution of each clip's mixing weight, > 0.
-        axis: each band (mel) or each frame (time) has statistics of its own.
+        axis: each band (mel), each frame (time) or the spectrogram as a whole (none) has statistics of its own.
+        per: each clip draws a weight, or the batch one for all.
 
     Raises:
         ValueError: for a value out of range.
@@ -44,26 +48,28 @@ class FreqMixStyle(Augmentation):
 
     stage = "log_mel"
 
-    def __init__(self, p: float, alpha: float, axis: Literal["mel", "time"] = "mel"):
+    def __init__(self, p: float, alpha: float, axis: str = "mel", per: Literal["clip", "batch"] = "clip"):
         super().__init__()
         if not 0 <= p <= 1:
             raise ValueError(f"mixstyle_p must be in [0, 1], got {p}")
         if not alpha > 0:
             raise ValueError(f"mixstyle_alpha must be > 0, got {alpha}")
-        if axis not in ("mel", "time"):
-            raise ValueError(f"mixstyle_axis must be mel or time, got {axis!r}")
-        self.p, self.alpha, self.axis = p, alpha, axis
+        if axis not in OVER:
+            raise ValueError(f"mixstyle_axis must be mel, time or none, got {axis!r}")
+        if per not in ("clip", "batch"):
+            raise ValueError(f"mixstyle_per must be clip or batch, got {per!r}")
+        self.p, self.alpha, self.axis, self.per = p, alpha, axis, per
 
     @classmethod
     def from_config(cls, config: FreqMixStyleConfig, setting: Setting) -> "FreqMixStyle":
-        return cls(config.mixstyle_p, config.mixstyle_alpha, config.mixstyle_axis)
+        return cls(config.mixstyle_p, config.mixstyle_alpha, config.mixstyle_axis, config.mixstyle_per)
 
     def forward(self, batch: Batch) -> Batch:
         if not self.training or self.p == 0:
             return batch
         x = batch.log_mel
         n_clips = len(x)
-        lam = _beta(self.alpha, n_clips, x.device)  # (batch,)
+        lam = _beta(self.alpha, n_clips if self.per == "clip" else 1, x.device)  # (batch,) or (1,)
         # A coin that comes up tails mixes nothing; asked for on the device, so that nobody waits for it.
         on = torch.rand((), device=x.device) < self.p
         partner = torch.randperm(n_clips, device=x.device)
@@ -72,11 +78,10 @@ class FreqMixStyle(Augmentation):
         return replace(batch, log_mel=torch.where(on, mix_style(x, lam, partner, self.axis), x))
 
 
-def mix_style(x: Tensor, lam: Tensor, partner: Tensor, axis: Literal["mel", "time"] = "mel") -> Tensor:
+def mix_style(x: Tensor, lam: Tensor, partner: Tensor, axis: str = "mel") -> Tensor:
     """Gives x (batch, channel, mel, time) mixed statistics: a share lam (batch,) its own, the rest of `partner`'s."""
     lam = lam.view(-1, 1, 1, 1)
-    over = (1, 3) if axis == "mel" else (1, 2)
-    var, mean = torch.var_mean(x, dim=over, keepdim=True)  # (batch, 1, mel, 1) or (batch, 1, 1, time), unbiased
+    var, mean = torch.var_mean(x, dim=OVER[axis], keepdim=True)  # unbiased
     std = (var + EPS).sqrt()
     mixed_mean = lam * mean + (1 - lam) * mean[partner]
     mixed_std = lam * std + (1 - lam) * std[partner]

@@ -21,6 +21,7 @@ from models.bounds import Bounds, check_numbers
 @dataclass(frozen=True)
 class MixUpConfig:
     mixup_alpha: Annotated[float, "parameter of mixup's Beta distribution; 0 is off", Bounds(0)] = 0.0
+    mixup_p: Annotated[float, "share of batches that are mixed; 0 is off", Bounds(0, 1)] = 1.0
 
     def __post_init__(self):
         check_numbers(self)
@@ -41,6 +42,7 @@ class MixUp(Augmentation):
     Args:
         alpha: parameter of the Beta distribution; 0 is off.
         temperature: of the distillation loss, > 0; None where there is no teacher.
+        p: share of the batches; 0 is off.
 
     Raises:
         ValueError: for a value out of range; at use, for a batch with teacher logits where no temperature was given.
@@ -48,23 +50,27 @@ class MixUp(Augmentation):
 
     stage = "log_mel"
 
-    def __init__(self, alpha: float, temperature: float | None = None):
+    def __init__(self, alpha: float, temperature: float | None = None, p: float = 1.0):
         super().__init__()
         if not 0 <= alpha < float("inf"):
             raise ValueError(f"mixup_alpha must be >= 0 and finite, got {alpha}")
         if temperature is not None and not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
-        self.alpha, self.temperature = alpha, temperature
+        if not 0 <= p <= 1:
+            raise ValueError(f"mixup_p must be in [0, 1], got {p}")
+        self.alpha, self.temperature, self.p = alpha, temperature, p
 
     @classmethod
     def from_config(cls, config: MixUpConfig, setting: Setting) -> "MixUp":
-        return cls(config.mixup_alpha, setting.teacher_temperature)
+        return cls(config.mixup_alpha, setting.teacher_temperature, config.mixup_p)
 
     def forward(self, batch: Batch) -> Batch:
-        if not self.training or self.alpha == 0:
+        if not self.training or self.alpha == 0 or self.p == 0:
             return batch
         device = batch.log_mel.device
         lam = _beta(self.alpha, 1, device)[0]
+        if self.p < 1:  # a share of 1 mixes nothing; decided on the device, so that nobody waits for it
+            lam = torch.where(torch.rand((), device=device) < self.p, lam, 1.0)
         return self.mix(batch, lam, torch.randperm(len(batch.log_mel), device=device))
 
     def mix(self, batch: Batch, lam: Tensor, partner: Tensor) -> Batch:

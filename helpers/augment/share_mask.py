@@ -21,6 +21,7 @@ class ShareMaskConfig:
     mask_share: Annotated[float, "widest masks of both axes, as shares of the spectrogram; 0 is off", Bounds(0, 1)] = (
         0.0
     )
+    share_mask_p: Annotated[float, "share of batches with each of the two masks; 0 is off", Bounds(0, 1)] = 1.0
 
     def __post_init__(self):
         check_numbers(self)
@@ -55,7 +56,8 @@ class ShareMask(Augmentation):
 
     @classmethod
     def from_config(cls, config: ShareMaskConfig, setting: Setting) -> nn.Module:
-        return nn.Sequential(cls(config.mask_share, "mel", value=0.0), cls(config.mask_share, "time", value=0.0))
+        masks = [cls(config.mask_share, axis, value=0.0, p=config.share_mask_p) for axis in ("mel", "time")]
+        return nn.Sequential(*masks)
 
     def forward(self, batch: Batch) -> Batch:
         if not self.training or self.max_share == 0 or self.p == 0:

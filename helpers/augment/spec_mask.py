@@ -21,6 +21,7 @@ from models.bounds import Bounds, check_numbers
 class SpecMaskConfig:
     freqm: Annotated[int, "widest frequency mask plus one, in mel bins; 0 is off", Bounds(0)] = 48
     timem: Annotated[int, "widest time mask plus one, in frames; 0 is off", Bounds(0)] = 0
+    mask_p: Annotated[float, "share of clips with each of the two masks; 0 is off", Bounds(0, 1)] = 1.0
 
     def __post_init__(self):
         check_numbers(self)
@@ -36,35 +37,42 @@ class SpecMask(Augmentation):
         axis: "mel" or "time".
         value: what a masked cell holds, on the scale of the spectrogram.
         shared: one mask for the whole batch, as in the published training.
+        p: share of the clips; 0 is off.
 
     Raises:
-        ValueError: if max_width is negative or the axis unknown.
+        ValueError: for a value out of range or an unknown axis.
     """
 
     stage = "log_mel"
 
-    def __init__(self, max_width: int, axis: Literal["mel", "time"], value: float, shared: bool = False):
+    def __init__(
+        self, max_width: int, axis: Literal["mel", "time"], value: float, shared: bool = False, p: float = 1.0
+    ):
         super().__init__()
         if axis not in ("mel", "time"):
             raise ValueError(f"axis must be mel or time, got {axis!r}")
         if max_width < 0:
             raise ValueError(f"width of the {axis} mask must be >= 0, got {max_width}")
-        self.max_width, self.axis, self.value, self.shared = max_width, axis, value, shared
+        if not 0 <= p <= 1:
+            raise ValueError(f"probability of the {axis} mask must be in [0, 1], got {p}")
+        self.max_width, self.axis, self.value, self.shared, self.p = max_width, axis, value, shared, p
 
     @classmethod
     def from_config(cls, config: SpecMaskConfig, setting: Setting) -> nn.Module:
         for name, size in zip(("freqm", "timem"), setting.shape or (), strict=False):
             if getattr(config, name) > size:
                 raise ValueError(f"{name} must be <= {size}, the size of the spectrogram, got {getattr(config, name)}")
-        value = setting.mask_value
-        return nn.Sequential(cls(config.freqm, "mel", value), cls(config.timem, "time", value))
+        common = {"value": setting.mask_value, "p": config.mask_p}
+        return nn.Sequential(cls(config.freqm, "mel", **common), cls(config.timem, "time", **common))
 
     def forward(self, batch: Batch) -> Batch:
-        if not self.training or self.max_width == 0:
+        if not self.training or self.max_width == 0 or self.p == 0:
             return batch
         log_mel = batch.log_mel  # (batch, 1, mel, time)
         dim = 2 if self.axis == "mel" else 3
         masked = random_bands(log_mel, dim, self.max_width, 1 if self.shared else len(log_mel))
+        if self.p < 1:
+            masked &= torch.rand(len(masked), 1, 1, 1, device=log_mel.device) < self.p
         return replace(batch, log_mel=log_mel.masked_fill(masked, self.value))
 
 

@@ -13,6 +13,7 @@ from models.bounds import Bounds, check_numbers
 @dataclass(frozen=True)
 class TimeRollConfig:
     roll: Annotated[int, "largest circular shift of a clip, in samples; 0 is off", Bounds(0)] = 4000
+    roll_p: Annotated[float, "share of clips that are rolled; 0 is off", Bounds(0, 1)] = 1.0
 
     def __post_init__(self):
         check_numbers(self)
@@ -23,29 +24,34 @@ class TimeRoll(Augmentation):
 
     Args:
         max_shift: largest shift to either side, in samples, itself included; 0 is off.
+        p: share of the clips; 0 is off.
 
     Raises:
-        ValueError: if max_shift is negative.
+        ValueError: for a value out of range.
     """
 
     stage = "waveform"
 
-    def __init__(self, max_shift: int):
+    def __init__(self, max_shift: int, p: float = 1.0):
         super().__init__()
         if max_shift < 0:
             raise ValueError(f"roll must be >= 0 samples, got {max_shift}")
-        self.max_shift = max_shift
+        if not 0 <= p <= 1:
+            raise ValueError(f"roll_p must be in [0, 1], got {p}")
+        self.max_shift, self.p = max_shift, p
 
     @classmethod
     def from_config(cls, config: TimeRollConfig, setting: Setting) -> "TimeRoll":
-        return cls(config.roll)
+        return cls(config.roll, config.roll_p)
 
     def forward(self, batch: Batch) -> Batch:
-        if not self.training or self.max_shift == 0:
+        if not self.training or self.max_shift == 0 or self.p == 0:
             return batch
         waveform = batch.waveform  # (batch, sample)
         n_clips, n_samples = waveform.shape
         shift = torch.randint(-self.max_shift, self.max_shift + 1, (n_clips,), device=waveform.device)
+        if self.p < 1:
+            shift = shift * (torch.rand(n_clips, device=waveform.device) < self.p)
         # A shifted copy is a window into the clip written twice; windows are cheaper than an index for each sample.
         windows = torch.cat([waveform, waveform], dim=1).unfold(1, n_samples, 1)  # (batch, sample + 1, sample), a view
         rolled = windows[torch.arange(n_clips, device=waveform.device), -shift % n_samples]
