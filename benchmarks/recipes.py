@@ -51,10 +51,10 @@ def squeezed(recipe: dict, n_epochs: int) -> list[str]:
     return options
 
 
-def run(name: str, n_epochs: int, project: str) -> dict[str, object]:
+def run(name: str, n_epochs: int, project: str, dataset: list[str]) -> dict[str, object]:
     """Trains or quantizes by a recipe; returns its line of the results."""
     recipe, started = read_recipe(ROOT / f"recipes/{name}.yaml"), time.monotonic()
-    options = ["--config", str(ROOT / f"recipes/{name}.yaml"), "--dataset", "synthetic", "--project_name", project]
+    options = ["--config", str(ROOT / f"recipes/{name}.yaml"), *dataset, "--project_name", project]
     options += ["--logger", "none", "--run_id", name, *SMALLER.get(name, [])]
     if "subset" in recipe:
         options += ["--subset", "100"]
@@ -85,13 +85,15 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
     parser.add_argument("--recipes", nargs="+", choices=ordered, default=ordered, metavar="NAME")
     parser.add_argument("--n_epochs", type=int, default=6)
     parser.add_argument("--project_name", default="recipe_runs", help="folder of the runs; finished ones are kept")
+    parser.add_argument("--dataset_dir", help="folder of the embedded data set, as for run_training.py")
     parser.add_argument("--results", default=str(RESULTS))
     args = parser.parse_args(argv)
+    dataset = ["--dataset", "synthetic", *(["--dataset_dir", args.dataset_dir] if args.dataset_dir else [])]
     results = Path(args.results)
     lines = list(csv.DictReader(results.open(encoding="utf-8"))) if results.is_file() else []
     for name in args.recipes:
         if not (Path(args.project_name) / name / "report.md").is_file():
-            line = run(name, args.n_epochs, args.project_name)
+            line = run(name, args.n_epochs, args.project_name, dataset)
             print(line, flush=True)
             lines = sorted([*(old for old in lines if old["recipe"] != name), line], key=lambda one: one["recipe"])
             results.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +103,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
                 writer.writerows(lines)
         logits = Path(args.project_name) / "teacher.pt"
         if name == TEACHER and not logits.is_file():
-            where = ["--project_name", args.project_name, "--dataset", "synthetic", "--output", str(logits)]
+            where = ["--project_name", args.project_name, *dataset, "--output", str(logits)]
             run_teacher_logits.main(["--teachers", name, *where])
     return lines
 

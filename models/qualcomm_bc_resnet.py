@@ -93,13 +93,11 @@ class QualcommBcResnet(nn.Module):
             other multiples of 40 do.
     """
 
+    # Its recipe's spectrogram: ln(power + 1e-6) in torchaudio's filters.
     default_frontend = (
-        "cp_mel",
-        {
-            "sample_rate": 16000, "n_fft": 512, "win_length": 480, "hop_length": 160, "n_mels": 40,
-            "fmax_aug_range": 1,
-        },
-    )  # fmt: skip
+        "dragonsearch_mel",
+        {"sample_rate": 16000, "n_fft": 512, "win_length": 480, "hop_length": 160, "n_mels": 40, "scale": "ln"},
+    )
     entry = "BCBlocks.0.0.f2.1.block.1.ssnorm.weight"
 
     def __init__(self, config: QualcommBcResnetConfig):

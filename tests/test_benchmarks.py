@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from datasets.synthetic import write_synthetic
+
 pytestmark = pytest.mark.slow
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SMALLEST = {
+    "augmentations": ["--batch_size", "2", "--rounds", "1"],
     "artifact_latency": ["--n_rounds", "2", "--inputs", "network"],
     "busy_machine": [
         "--batch_size",
@@ -34,14 +37,30 @@ SMALLEST = {
 
 
 def test_every_benchmark_is_among_them():
-    assert {path.stem for path in FOLDER.glob("*.py")} == set(SMALLEST)
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*SMALLEST, "recipes"}
+
+
+def run(name: str, options: list[str]) -> object:
+    n_threads = torch.get_num_threads()
+    try:
+        return runpy.run_path(str(FOLDER / f"{name}.py"))["main"](options)
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 @pytest.mark.parametrize("name", SMALLEST)
 def test_runs_and_prints_a_table(name, capsys):
-    n_threads = torch.get_num_threads()
-    try:
-        runpy.run_path(str(FOLDER / f"{name}.py"))["main"](SMALLEST[name])
-    finally:
-        torch.set_num_threads(n_threads)
+    run(name, SMALLEST[name])
     assert len(capsys.readouterr().out.splitlines()) >= 3
+
+
+def test_recipes_are_trained_and_what_is_done_is_not_repeated(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_synthetic(tmp_path / "set", n_train_recordings=2, n_test_recordings=1, n_workers=2)
+    options = ["--recipes", "cnn3", "--n_epochs", "1", "--dataset_dir", "set", "--results", "results.csv"]
+    (line,) = run("recipes", options)
+    assert (line["recipe"], line["epochs"]) == ("cnn3", 1) and 0 <= line["test accuracy"] <= 100
+    assert (tmp_path / "results.csv").read_text().startswith("recipe,epochs,first training loss,")
+    capsys.readouterr()
+    assert run("recipes", options) == [{key: str(value) for key, value in line.items()}]
+    assert capsys.readouterr().out == ""
