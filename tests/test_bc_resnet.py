@@ -1,4 +1,3 @@
-import onnx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from tests.golden_inputs import clip, fill_state, wave
 from tests.students import (
     batch_of,
     check_8_bits,
-    check_float_files,
+    check_float_file,
     check_published,
     check_recognised,
     check_scripts,
@@ -146,14 +145,12 @@ def test_is_read_off_its_shapes(tmp_path, sub_bands):
 
 @pytest.mark.slow
 def test_runs_as_float_files(tmp_path):
-    check_float_files(fill_state(build(**SMALL, sub_bands=2)).eval(), clips_of(32, 37), tmp_path)
+    check_float_file(fill_state(build(**SMALL, sub_bands=2)).eval(), clips_of(32, 37), tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sub_bands", [1, 2])
-def test_runs_in_8_bits(tmp_path, sub_bands):
-    path = check_8_bits(fill_state(build(**SMALL, sub_bands=sub_bands)).eval(), clips_of(256, 37), tmp_path)
-    kinds = [node.op_type for node in onnx.load(path).graph.node]
+def test_runs_in_8_bits(tmp_path):
+    _, kinds = check_8_bits(fill_state(build(**SMALL, sub_bands=2)).eval(), clips_of(256, 37), tmp_path)
     assert {"QLinearConv", "QLinearAdd", "GatherND"} <= set(kinds) and kinds.count("Conv") == 1  # the first
 
 

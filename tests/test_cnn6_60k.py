@@ -15,7 +15,7 @@ from models.layers.core import QuantConfig
 from models.layers.fold import fold
 from models.layers.xnnpack import for_xnnpack
 from tests.golden_inputs import clip, fill_state, wave
-from tests.network_checks import has_the_manifest, runs_in_8_bits, trains_resumes_and_exports
+from tests.students import SMALL_MEL, check_8_bits, check_scripts, has_the_manifest
 
 PUBLISHED = ["configs.cnn6_small_dropout_2_specAugment_128_2_16_2_mixup_2",
              "configs.cnn6_small_dropout_2_specAugment_128_2_32_2_focal_loss"]  # fmt: skip
@@ -201,7 +201,7 @@ def test_weights_with_folded_norms_are_read(golden, tmp_path):
 def test_runs_in_8_bits_and_onnx_runtime_agrees(tmp_path, options, config):
     model = fill_state(build(**options)).eval()
     x = wave((4, 1, model.config.input_fdim, 33), "cnn6/8 bits", 4) * torch.linspace(0.5, 1.5, 4)[:, None, None, None]
-    integers = runs_in_8_bits(model, x, tmp_path / "network.onnx", config)
+    integers, _ = check_8_bits(model, x, tmp_path, config)
     parts = dict(float_layers(integers))
     assert parts.pop("bn0") == "factor and offset of the spectrogram's mel bands"
     assert set(parts) == (set() if config.quantize_input else {"conv1.0"})
@@ -232,7 +232,7 @@ def test_the_layers_learn_alike_with_fake_quantization_around_them():
 @pytest.mark.slow
 def test_trains_resumes_and_exports(tau, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    trains_resumes_and_exports("cnn6_60k", "--input_fdim", "64")
+    check_scripts("cnn6_60k", [*SMALL_MEL, "--input_fdim", "64"], monkeypatch, int8=True)
 
 
 @pytest.mark.parametrize(

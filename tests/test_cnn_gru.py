@@ -14,7 +14,7 @@ from helpers.quantization import QuantizationError, prepare
 from models import get_model
 from models.layers.core import QuantConfig
 from tests.golden_inputs import fill_state, wave
-from tests.network_checks import has_the_manifest, trains_resumes_and_exports
+from tests.students import SMALL_MEL, check_scripts, has_the_manifest
 
 CASES = ["v1_b24", "v2_b24", "v1_b16", "v1_b24_T65"]
 
@@ -195,7 +195,7 @@ def test_8_bits_are_refused_with_the_gru_by_name():
 @pytest.mark.slow
 def test_trains_resumes_and_exports(tau, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    trains_resumes_and_exports("cnn_gru", "--base_channels", "8", "--input_fdim", "64")
+    check_scripts("cnn_gru", [*SMALL_MEL, "--base_channels", "8", "--input_fdim", "64"], monkeypatch, int8=False)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from models import get_model
 from models.cp_mobile import CpMobile
 from models.dcase24_baseline import Dcase24Baseline
 from tests.golden_inputs import fill_state, wave
-from tests.network_checks import has_the_manifest, runs_in_8_bits, trains_resumes_and_exports
+from tests.students import SMALL_MEL, check_8_bits, check_scripts, has_the_manifest
 
 NET = "golden/dcase_baselines/net.pt"
 
@@ -213,7 +213,7 @@ def test_neither_network_claims_the_weights_of_the_other():
 @pytest.mark.parametrize("options", [{}, {"base_channels": 20, "expansion_rate": 1.5}], ids=["default", "odd"])
 def test_runs_in_8_bits_and_onnx_runtime_agrees(tmp_path, options):
     x = wave((4, 1, 64, 33), "baseline/8 bits", 2.0) * torch.linspace(0.5, 1.5, 4)[:, None, None, None]
-    integers = runs_in_8_bits(fill_state(build(**options)).eval(), x, tmp_path / "network.onnx")
+    integers, _ = check_8_bits(fill_state(build(**options)).eval(), x, tmp_path)
     stored = measure(integers, (1, 64, 33)).folded
     assert stored.n_parameters == measure(build(**options), (1, 64, 33)).folded.n_parameters
 
@@ -221,7 +221,7 @@ def test_runs_in_8_bits_and_onnx_runtime_agrees(tmp_path, options):
 @pytest.mark.slow
 def test_trains_resumes_and_exports(tau, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    trains_resumes_and_exports("dcase24_baseline", "--base_channels", "8")
+    check_scripts("dcase24_baseline", [*SMALL_MEL, "--base_channels", "8"], monkeypatch, int8=True)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from helpers.checkpoints.foreign import ForeignError, recognise
 from helpers.complexity import measure
 from models import get_model
 from tests.golden_inputs import fill_state, wave
-from tests.network_checks import has_the_manifest, runs_in_8_bits, trains_resumes_and_exports
+from tests.students import SMALL_MEL, check_8_bits, check_scripts, has_the_manifest
 
 
 def build(**options) -> nn.Module:
@@ -84,13 +84,13 @@ def test_runs_in_8_bits_and_onnx_runtime_agrees(tmp_path, options):
     model = fill_state(build(**options)).eval()
     x = wave((4, 1, model.config.input_fdim, model.config.input_tdim), "baseline1/8 bits", 2)
     x = x * torch.linspace(0.5, 1.5, 4)[:, None, None, None]
-    runs_in_8_bits(model, x, tmp_path / "network.onnx")
+    check_8_bits(model, x, tmp_path)
 
 
 @pytest.mark.slow
 def test_trains_resumes_and_exports(tau, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    trains_resumes_and_exports("dragonsearch_baseline1", "--input_tdim", "33")
+    check_scripts("dragonsearch_baseline1", [*SMALL_MEL, "--input_tdim", "33"], monkeypatch, int8=True)
 
 
 @pytest.mark.parametrize(

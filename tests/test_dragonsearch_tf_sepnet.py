@@ -12,7 +12,7 @@ from models import get_model
 from models.layers.affine_residual_norm import AffineResidualNorm
 from models.layers.core import QuantConfig
 from tests.golden_inputs import clip, fill_state, wave
-from tests.network_checks import has_the_manifest, trains_resumes_and_exports
+from tests.students import SMALL_MEL, check_scripts, has_the_manifest
 
 MANIFESTS = ["tfsepnet/width60", "tfsepnet/width80_teacher", "tfsepnet/width40"]
 
@@ -180,7 +180,7 @@ def test_initial_weights_are_spread_as_specified():
 @pytest.mark.slow
 def test_trains_resumes_and_exports(tau, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    trains_resumes_and_exports("dragonsearch_tf_sepnet", "--width", "20")
+    check_scripts("dragonsearch_tf_sepnet", [*SMALL_MEL, "--width", "20"], monkeypatch, int8=False)
 
 
 @pytest.mark.parametrize(
