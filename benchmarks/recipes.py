@@ -12,15 +12,13 @@ benchmarks/results/recipes.csv, a line each.
 import argparse
 import csv
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import run_qat
-import run_teacher_logits
-import run_training
 from helpers.recipes import read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +49,10 @@ def squeezed(recipe: dict, n_epochs: int) -> list[str]:
     return options
 
 
+def call(script: str, options: list[str]) -> None:
+    subprocess.run([sys.executable, str(ROOT / script), *options], check=True, stdout=subprocess.DEVNULL)
+
+
 def run(name: str, n_epochs: int, project: str, dataset: list[str]) -> dict[str, object]:
     """Trains or quantizes by a recipe; returns its line of the results."""
     recipe, started = read_recipe(ROOT / f"recipes/{name}.yaml"), time.monotonic()
@@ -63,10 +65,10 @@ def run(name: str, n_epochs: int, project: str, dataset: list[str]) -> dict[str,
     if "feature_teacher" in recipe:
         options += ["--feature_teacher", TEACHER]
     if "model" in recipe:
-        run_training.main([*options, *squeezed(recipe, n_epochs)])
+        call("run_training.py", [*options, *squeezed(recipe, n_epochs)])
     else:
         source = "tf_sepnet" if "ptq" in recipe else "cpjku_student"
-        run_qat.main([*options, "--wandb_id", source, *([] if "ptq" in recipe else squeezed(recipe, 2))])
+        call("run_qat.py", [*options, "--wandb_id", source, *([] if "ptq" in recipe else squeezed(recipe, 2))])
     lines = [json.loads(line) for line in (Path(project) / name / "metrics.jsonl").read_text().splitlines()]
     return {
         "recipe": name,
@@ -85,10 +87,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
     parser.add_argument("--recipes", nargs="+", choices=ordered, default=ordered, metavar="NAME")
     parser.add_argument("--n_epochs", type=int, default=6)
     parser.add_argument("--project_name", default="recipe_runs", help="folder of the runs; finished ones are kept")
-    parser.add_argument("--dataset_dir", help="folder of the embedded data set, as for run_training.py")
+    parser.add_argument("--dataset_dir", help="another data set, laid out like TAU22")
     parser.add_argument("--results", default=str(RESULTS))
     args = parser.parse_args(argv)
-    dataset = ["--dataset", "synthetic", *(["--dataset_dir", args.dataset_dir] if args.dataset_dir else [])]
+    dataset = ["--dataset_dir", args.dataset_dir] if args.dataset_dir else ["--dataset", "synthetic"]
     results = Path(args.results)
     lines = list(csv.DictReader(results.open(encoding="utf-8"))) if results.is_file() else []
     for name in args.recipes:
@@ -104,7 +106,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
         logits = Path(args.project_name) / "teacher.pt"
         if name == TEACHER and not logits.is_file():
             where = ["--project_name", args.project_name, *dataset, "--output", str(logits)]
-            run_teacher_logits.main(["--teachers", name, *where])
+            call("run_teacher_logits.py", ["--teachers", name, *where])
     return lines
 
 

@@ -6,6 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.nn.functional as F
+
+from helpers.augment import AUGMENTATIONS
+from helpers.losses import LOSSES
+from models import FRONTENDS, MODELS
 
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
@@ -70,48 +75,29 @@ def test_no_module_needs_itself():
         walk(name, ())
 
 
-# Where a single network, front end, loss or augmentation may be named: its own files, and the tables.
+# The parts by kind: their table, and where they may be named beside their own file, which is their table's and more.
 PARTS = {
-    "models": {
-        r"cp_?mobile": (
-            "models/cp_mobile.py", "models/dcase24_baseline.py", "models/__init__.py", "models/published.py",
-        ),
-        r"cp_?resnet": ("models/cp_resnet.py", "models/__init__.py", "models/published.py"),
-        r"^passt$|^Passt[A-Z]|models\.passt": ("models/passt.py", "models/__init__.py", "models/published.py"),
-        r"(?<!dragonsearch_)(?<!dragonsearch)tf_?sepnet": (
-            "models/tf_sepnet.py", "models/__init__.py", "models/published.py",
-        ),
-        r"^beats(_\w+)?$|^Beats|models\.beats": ("models/beats.py", "models/beats_checkpoint.py", "models/__init__.py"),
-        r"^bc_?resnet|models\.bc_resnet": ("models/bc_resnet.py", "models/__init__.py"),
-        r"qualcomm": ("models/qualcomm_bc_resnet.py", "models/__init__.py"),
-        r"^cnn3$|^Cnn3(Config)?$|models\.cnn3": ("models/cnn3.py", "models/__init__.py"),
-        r"dcase24_?baseline": ("models/dcase24_baseline.py", "models/__init__.py", "models/published.py"),
-        r"^cnn6": ("models/cnn6_60k.py", "models/__init__.py", "models/published.py"),
-        r"cnn_?gru": ("models/cnn_gru.py", "models/__init__.py", "models/published.py"),
-        r"dragonsearch(?!_?mel)": ("models/dragonsearch_", "models/__init__.py"),
-    },
-    "models/frontends": {  # a network names the one that it takes by default
-        r"cp_?mel|dcase24_?mel|sp4asc_?mel|dragonsearch_?mel|cnn3_?mel|kaldi_?fbank": ("models/",),
-    },
-    "helpers/augment": {
-        r"time_?roll|freq_?mix_?style|spec_?mask|share_?mask|device_?impulse_?response|mix_?up|pitch_?shift|spec_?stripes|GainConfig"
-        : ("helpers/augment/",),
-    },
-    "helpers/losses": {r"distillation|CrossEntropy|^[Ff]ocal": ("helpers/losses/",)},
-}  # fmt: skip
+    "network": (MODELS, ("models/__init__.py", "models/published.py")),
+    "front end": (FRONTENDS, ("models/",)),  # a network names the one that it takes by default
+    "augmentation": (AUGMENTATIONS, ("helpers/augment/__init__.py",)),
+    "loss": (LOSSES, ("helpers/losses/__init__.py",)),
+}
 
 
 @pytest.mark.parametrize("kind", PARTS)
 def test_no_part_is_named_outside_its_file_and_table(kind):
     """In code, that is: names and strings that are no documentation."""
-    for path in [*FILES, *ROOT.glob("run_*.py")]:
-        if path.relative_to(ROOT).parts[0] == "benchmarks":
-            continue
-        names = set(words_of_code(path))
-        for pattern, places in PARTS[kind].items():
-            if not str(path.relative_to(ROOT)).startswith(places):
-                named = {name for name in names if re.search(pattern, name, re.I)}
-                assert not named, path
+    table, places = PARTS[kind]
+    words = {path.relative_to(ROOT).as_posix(): set(words_of_code(path)) for path in [*FILES, *ROOT.glob("run_*.py")]}
+    for name, (config, cls) in table.items():
+        own = cls.__module__.replace(".", "/") + ".py"
+        names = {config.__name__, cls.__name__, cls.__module__}
+        if re.search("[_0-9]", name) and not hasattr(F, name):  # else it is a word, or PyTorch's
+            names.add(name)
+        for path, found in words.items():
+            builds_on_it = cls.__module__ in found and Path(path).parent == Path(own).parent
+            if not (path == own or path.startswith((*places, "benchmarks/")) or builds_on_it):
+                assert not names & found, path
 
 
 def words_of_code(path: Path) -> Iterator[str]:
