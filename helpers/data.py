@@ -100,7 +100,7 @@ def load_data(config: DataConfig, sample_rate: int, seed: int, cropped: bool = F
     meta = read_meta(dataset_root(config))
     rows, val = train_rows(meta), None
     if config.subset != 100:
-        rows = np.intersect1d(rows, read_split(meta, subset_file(config.subset)))
+        rows = np.intersect1d(rows, subset_rows(meta, config.subset))
     groups = device_groups(meta, rows)
     if config.val_fraction > 0:
         rows, val = hold_out_recordings(meta, rows, config.val_fraction, seed)
@@ -126,6 +126,23 @@ def load_data(config: DataConfig, sample_rate: int, seed: int, cropped: bool = F
         test=Clips(meta, test, store),
         groups=groups,
     )
+
+
+def subset_rows(meta: Meta, subset: int) -> np.ndarray:
+    """Rows of the list split<subset>.csv: the data set's own beside its other lists, else TAU22's, fetched once.
+
+    Raises:
+        DataError: for another data set that has no such list; DownloadError when TAU22's cannot be fetched.
+    """
+    own = meta.root / "evaluation_setup" / f"split{subset}.csv"
+    if own.is_file():
+        return read_split(meta, own)
+    if not meta.is_tau22:
+        raise DataError(
+            f"--subset {subset} names a list of TAU22's clips; {meta.root} is another data set: take all with "
+            f"--subset 100, or put a list of its own at {own}"
+        )
+    return read_split(meta, subset_file(subset))
 
 
 def check_n_classes(given: int | None, data: Data) -> int:

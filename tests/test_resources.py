@@ -188,3 +188,15 @@ def test_clips_in_both_parts_are_refused(tau, tmp_path):
     shutil.copy(setup / "fold1_train.csv", setup / "fold1_evaluate.csv")
     with pytest.raises(DataError, match="27 clips are in the training and in the test part"):
         load_data(DataConfig(dataset_dir=str(tau.root), cache_path=str(tmp_path)), 8000, seed=0)
+
+
+def test_another_data_set_has_subsets_where_it_has_lists(tau, tmp_path):
+    def load(subset: int):
+        config = DataConfig(dataset_dir=str(tau.root), cache_path=str(tmp_path / "cache"), subset=subset)
+        return load_data(config, 8000, seed=0)
+
+    with pytest.raises(DataError, match=r"--subset 5 names a list of TAU22's clips; .*tau is another data set"):
+        load(5)
+    files = load(100).train.files[:4].tolist()
+    (tau.root / "evaluation_setup/split10.csv").write_text("\n".join(["filename", *files]) + "\n")
+    assert load(10).train.files.tolist() == files
