@@ -38,7 +38,7 @@ WHY = {
     "dragonsearch_baseline2": KERNELS,
     "dragonsearch_baseline1": "its wide 3 x 3 convolutions are PyTorch's own kernels on both sides",
     "cnn_gru": "long depthwise convolutions and norms, PyTorch's own kernels on both sides, take two thirds",
-    "qualcomm_bc_resnet": "maps of a few thousand values: starting its many small steps takes as long as computing them",
+    "qualcomm_bc_resnet": "maps of a few thousand values: starting its many small steps takes as long as the steps",
 }
 
 
