@@ -33,6 +33,7 @@ from helpers.report.report import metric_tables
 from helpers.report.text import align
 from helpers.runs.logger import LOGGERS
 from helpers.runs.run import open_logger
+from models.device_models import DeviceModels
 from helpers.teachers import TeacherSource, find_teachers, mean_logits, scorer
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ def make_parser(chosen: Parts = STUDENT) -> argparse.ArgumentParser:
     teachers.add_argument("--model_name", nargs="+", default=["passt_dirfms_1"], metavar="NAME",
                           help="published ones; --checkpoint alone switches the default off")  # fmt: skip
     teachers.add_argument("--checkpoint", nargs="+", default=[], metavar="X", help="ids of own runs, or files")
+    teachers.add_argument("--general", action=cli.OnOff,
+                          help="leave out the networks for single recording devices that a file may hold")  # fmt: skip
     run = parser.add_argument_group("run")
     run.add_argument(
         "--project_name", default="DCASE23_Task1", help="project of the logger, and folder of all its runs"
@@ -90,8 +93,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             log.info("scoring %s (%s) on %d test clips at %d Hz", source.name, source.path, len(part.test), rate)
             model, frontend = scorer(source, source.load(), part.store.n_samples, machine)
             answers[source.name] = predict(model, frontend, part.test, machine)
+            own = source.load().device_models
+            if own and not args.general:
+                by_device = DeviceModels(model, {device: machine.take(network) for device, network in own.items()})
+                answers[f"{source.name}_by_device"] = predict(by_device, frontend, part.test, machine)
         if len(sources) > 1:
-            answers["ensemble"] = mean_logits(list(answers.values()))
+            answers["ensemble"] = mean_logits([answers[source.name] for source in sources])
         part = data[rates[0]]
         for name, logits in answers.items():
             metrics |= {f"{name}/test/{key}": value for key, value in score(part.test, logits, part.groups).items()}

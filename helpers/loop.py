@@ -312,6 +312,8 @@ def predict(
 ) -> Tensor:
     """Logits (clip, class) of all clips in their order, float32 on the CPU; nothing random, nothing is learned.
 
+    A network that `answers_by_device` is told the recording devices, see models/device_models.py.
+
     Several processes share the clips, each clip with one of them, and all receive the logits of all.
 
     Args:
@@ -331,7 +333,10 @@ def predict(
         range(n_rounds), desc="scoring", unit="batch", leave=False, disable=None if processes.is_main else True
     ):
         if (batch := next(loader, None)) is not None:
-            logits.append(model(frontend(batch.waveform)).float())
+            of_devices = []
+            if getattr(model, "answers_by_device", False):
+                of_devices = [[clips.meta.recording_devices[i] for i in batch.recording_device.tolist()]]
+            logits.append(model(frontend(batch.waveform), *of_devices).float())
         if after_batch is not None:
             after_batch()
     logits = torch.cat(logits).cpu()

@@ -286,7 +286,10 @@ def test_of_a_container_with_networks_for_devices_the_general_one_is_taken(tmp_p
         torch.save(content, tmp_path / "w.pt")
         loaded = load_model(tmp_path / "w.pt").model.state_dict()
         assert all(torch.equal(loaded[name], value) for name, value in general.state_dict().items())
-    assert "not used: multi_device_model.device_models.a." in caplog.text
+        own = load_model(tmp_path / "w.pt").device_models
+        assert [*own] == ["a", "b"]
+        for device, model in zip("ab", others, strict=True):
+            assert all(torch.equal(own[device].state_dict()[k], v) for k, v in model.state_dict().items())
     torch.save({"device_models": nested["device_models"]}, tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match=r"more than one network .*device_models.a"):
         load_model(tmp_path / "w.pt")

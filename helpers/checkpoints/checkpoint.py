@@ -46,6 +46,10 @@ SCHEMA = {
     "frontend": PART,
     "scenes": [str],
     "recording_devices?": [str],
+    "device_models?": matching(
+        lambda states: all(isinstance(device, str) and isinstance(state, dict) for device, state in states.items()),
+        "must hold weights by recording device",
+    ),
     "clip_samples?": matching(lambda n: type(n) is int and 0 < n < 1 << 31, "must be a number of samples"),
     "options?": {},
     "precision?": matching(lambda name: name in ("fp32", "int8", "fp16"), "must be fp32, int8 or fp16"),
@@ -89,6 +93,7 @@ class LoadedModel:
     precision: str  # fp32, int8 or fp16
     scenes: tuple[str, ...]  # what the outputs stand for
     content: dict[str, Any]  # the whole file, of one of ours
+    device_models: Mapping[str, nn.Module] = field(default_factory=dict)  # for single recording devices, in eval mode
     is_recorded: bool = True  # the file, or the published name, says what network and front end are; else: recognised
 
 
@@ -289,6 +294,10 @@ def load_model(path: Path | str, name: str | None = None) -> LoadedModel:
         except ValueError as error:
             raise CheckpointError(f"{path} does not fit the front end it describes: {error}") from error
     model = build_part(parts["model"], MODELS, path, precision, parts.get("quantization"), example).eval()
+    devices = {
+        device: build_part({**parts["model"], "state": state}, MODELS, path).eval()
+        for device, state in parts.get("device_models", {}).items()
+    }
     scenes = tuple(parts.get("scenes", SCENES if model.config.n_classes == len(SCENES) else ()))
     return LoadedModel(
         model=model,
@@ -296,6 +305,7 @@ def load_model(path: Path | str, name: str | None = None) -> LoadedModel:
         precision=precision,
         scenes=scenes,
         content=parts,
+        device_models=devices,
         is_recorded=is_recorded,
     )
 

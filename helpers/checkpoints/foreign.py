@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from helpers.checkpoints.nearest import nothing_found
-from helpers.checkpoints.state_dicts import as_float32, candidates, log_found
+from helpers.checkpoints.state_dicts import as_float32, candidates, device_states, is_for_device, log_found
 from helpers.errors import UserError
 from models import FRONTENDS, MODELS, default_frontend, get_frontend, get_model
 from models.published import PUBLISHED, Published
@@ -29,7 +29,8 @@ class ForeignError(UserError, ValueError):
 
 
 def recognise(path: Path | str, content: Mapping[str, Any], row: Published | None = None) -> dict[str, Any]:
-    """The parts `model` and `frontend` ({name, config, state} each) of a checkpoint that is not of this project.
+    """The parts `model` and `frontend` ({name, config, state} each) of a checkpoint that is not of this project, and
+    `device_models`, the states of networks for single recording devices beside a general one.
 
     Args:
         path: for messages.
@@ -51,10 +52,14 @@ def recognise(path: Path | str, content: Mapping[str, Any], row: Published | Non
         raise ForeignError(
             f"{path} holds more than one network ({' and '.join(places)}): save the one that is meant alone"
         )
-    name, state = found[0].network, as_float32(found[0].state)
+    name = found[0].network
     log_found(path, found[0])
-    if hasattr(known[name], "unfolded"):
-        state = known[name].unfolded(state)
+
+    def plain(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        state = as_float32(state)
+        return known[name].unfolded(state) if hasattr(known[name], "unfolded") else state
+
+    state = plain(found[0].state)
     try:
         config, frontend_options = known[name].recognise(state)
     except KeyError as error:
@@ -64,8 +69,12 @@ def recognise(path: Path | str, content: Mapping[str, Any], row: Published | Non
     except (IndexError, AttributeError, TypeError, ZeroDivisionError) as error:
         raise ForeignError(f"{path} is no {name} network, its weights have other shapes: {error}") from error
     if frontend is not None:
-        return _described(name, config, state, frontend)
-    return _parts(path, name, config, state, frontend_options, found[0].others)
+        parts = _described(name, config, state, frontend)
+    else:
+        parts = _parts(path, name, config, state, frontend_options, found[0].others)
+    if not is_for_device(found[0]):
+        parts["device_models"] = {d: plain(own) for d, own in device_states(content, known, name).items()}
+    return parts
 
 
 def _described(

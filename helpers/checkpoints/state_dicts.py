@@ -16,7 +16,7 @@ DEPTH = 4  # of dicts within dicts that are searched
 OF_TEACHER = re.compile(r"(^|[._])teachers?([._0-9]|$)")
 # Parts of distillation beside a network whose names have no prefix.
 BESIDE = re.compile(r"^(\w*teachers?\w*|\w*proj(ect\w*|s|\d*)?(_\w+)?|regressor\w*|adapter\w*)\.")
-OF_DEVICE = re.compile(r"(^|\.)device_models\.[^.]+\.$")  # in the container of DCASE 2025, beside the general network
+OF_DEVICE = re.compile(r"(^|\.)device_models\.([^.]+)\.$")  # in the container of DCASE 2025, beside the general network
 
 
 class Candidate(NamedTuple):
@@ -37,6 +37,30 @@ def candidates(content: Mapping[str, Any], known: Mapping[str, type], within: st
         known: networks by name, with the `entry` and the `claims` that models/__init__.py speaks of.
         within: keys and prefix of names of the one that is meant; "": any.
     """
+    found = _all_candidates(content, known)
+    if within:
+        return [candidate for candidate in found if candidate.where == within]
+    students = [candidate for candidate in found if not OF_TEACHER.search(candidate.where)]
+    unique: list[Candidate] = []
+    general = [candidate for candidate in students if not is_for_device(candidate)]
+    for candidate in general or students or found:
+        if not any(_same(candidate.state, other.state) for other in unique):
+            unique.append(candidate)
+    return unique
+
+
+def is_for_device(candidate: Candidate) -> bool:
+    """Whether it is a network for one recording device."""
+    return OF_DEVICE.search(candidate.where) is not None
+
+
+def device_states(content: Mapping[str, Any], known: Mapping[str, type], network: str) -> dict[str, dict[str, Tensor]]:
+    """The weights of networks of one kind that are for single recording devices, by device."""
+    found = [candidate for candidate in _all_candidates(content, known) if candidate.network == network]
+    return {match[2]: one.state for one in found if (match := OF_DEVICE.search(one.where))}
+
+
+def _all_candidates(content: Mapping[str, Any], known: Mapping[str, type]) -> list[Candidate]:
     found: list[Candidate] = []
     for keys, tensors in dicts_of_tensors(content):
         for network, cls in known.items():
@@ -45,15 +69,7 @@ def candidates(content: Mapping[str, Any], known: Mapping[str, type], within: st
                     candidate = _candidate(network, keys, tensors, name.removesuffix(cls.entry))
                     if not hasattr(cls, "claims") or cls.claims(candidate.state):
                         found.append(candidate)
-    if within:
-        return [candidate for candidate in found if candidate.where == within]
-    students = [candidate for candidate in found if not OF_TEACHER.search(candidate.where)]
-    unique: list[Candidate] = []
-    general = [candidate for candidate in students if not OF_DEVICE.search(candidate.where)]
-    for candidate in general or students or found:
-        if not any(_same(candidate.state, other.state) for other in unique):
-            unique.append(candidate)
-    return unique
+    return found
 
 
 def as_float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -90,5 +106,6 @@ def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 
 def log_found(path: Any, candidate: Candidate) -> None:
-    if candidate.others:
-        log.info("%s: of other parts than the network, not used: %s", path, some(candidate.others))
+    others = [name for name in candidate.others if "device_models." not in name]
+    if others:
+        log.info("%s: of other parts than the network, not used: %s", path, some(others))
