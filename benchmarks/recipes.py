@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers.recipes import read_recipe
+from helpers.recipes import read_recipe, script_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/recipes.csv"
@@ -64,8 +64,11 @@ def run(name: str, n_epochs: int, project: str, dataset: list[str]) -> dict[str,
         options += ["--teacher_logits", str(Path(project) / "teacher.pt")]
     if "feature_teacher" in recipe:
         options += ["--feature_teacher", TEACHER]
-    if "model" in recipe:
-        call("run_training.py", [*options, *squeezed(recipe, n_epochs)])
+    script = script_of(recipe)
+    if script == "run_training.py":
+        call(script, [*options, *squeezed(recipe, n_epochs)])
+    elif script == "run_device_training.py":
+        call(script, [*options, "--wandb_id", "dcase25_baseline", *squeezed(recipe, 2)])
     else:
         source = "tf_sepnet" if "ptq" in recipe else "cpjku_student"
         call("run_qat.py", [*options, "--wandb_id", source, *([] if "ptq" in recipe else squeezed(recipe, 2))])

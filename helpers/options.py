@@ -150,18 +150,21 @@ def build_average(args: argparse.Namespace, model: nn.Module) -> WeightAverage |
     return LastEpochs(model, args.average_last) if args.average_last else None
 
 
+def is_weight(name: str, value: nn.Parameter) -> bool:
+    """Whether a parameter is a weight of a convolution or a matrix, and no bias, gain of a norm or learned scale."""
+    # Gains of norms are called weight too, but have one axis; learned scales of other layers have other names.
+    return name.split(".")[-1].startswith("weight") and value.ndim > 1
+
+
 def build_optimizer(args: argparse.Namespace, *parts: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of the weights that learn, of the network and of a loss that has some."""
     learning = [(name, value) for part in parts for name, value in part.named_parameters() if value.requires_grad]
     groups = [{"params": [value for _, value in learning]}]
     if args.decay_on == "weights":
-        # Gains of norms are called weight too, but have one axis; learned scales of other layers have other names.
-        is_weight = [name.split(".")[-1].startswith("weight") and value.ndim > 1 for name, value in learning]
         groups = [
-            {"params": [value for (_, value), decays in zip(learning, is_weight, strict=True) if decays]},
-            {"params": [value for (_, value), decays in zip(learning, is_weight, strict=True) if not decays],
-             "weight_decay": 0.0},
-        ]  # fmt: skip
+            {"params": [value for name, value in learning if is_weight(name, value)]},
+            {"params": [value for name, value in learning if not is_weight(name, value)], "weight_decay": 0.0},
+        ]
     return OPTIMIZERS[args.optimizer](
         groups, lr=args.lr, betas=(0.9, args.beta2), weight_decay=args.weight_decay, fused=True
     )

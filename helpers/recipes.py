@@ -39,6 +39,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def script_of(recipe: Mapping[str, Any]) -> str:
+    """The script that a recipe is for: one that names a network trains it, others start from a trained one."""
+    if "model" in recipe:
+        return "run_training.py"
+    return "run_device_training.py" if "tune" in recipe else "run_qat.py"
+
+
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--config", metavar="FILE", help="YAML file of options, which the command line overrides")

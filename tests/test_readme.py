@@ -33,6 +33,7 @@ ELSEWHERE = {"python3 -m venv", ".venv/bin/python -m pip", ".venv/bin/ruff check
 RUN = {
     "run_training": "student",
     "run_qat": "student",
+    "run_device_training": "student",
 }  # what <id> stands for; for the teachers' scripts: resnet, passt
 STUDENT = [*SMALL["cp_resnet"][len(DATA) + 2 : -2], "--dataset", "tau22"]
 PREVIEW = ["--dataset", "tau22", "--dataset_dir", "tau", "--cache_path", "cache"]
@@ -40,6 +41,8 @@ SMALLER = {
     "run_training": [*DATA, *STUDENT],
     "run_qat": [*DATA[:-8], "--dir_prob", "0", "--batch_size", "8", "--n_epochs", "1", "--freeze_params_epochs", "1",
                 "--calibration_clips", "8", "--freqm", "8"],
+    "run_device_training": [*DATA[:-8], "--subset", "100", "--batch_size", "3", "--n_epochs", "1", "--devices", "a",
+                            "--freqm", "8", "--roll", "400"],
     "run_export": ["--latency_rounds", "0", "--n_clips", "8", "--clips", "tau/audio", "--precision", "fp32",
                    "--inputs", "waveform"],
     "run_teacher_logits": ["--dataset", "tau22", "--dataset_dir", "tau", "--cache_path", "cache", "--batch_size", "8"],

@@ -23,10 +23,11 @@ SIZES: dict[str, str] = {}
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 HEAD = """# Recipes
 
-Published systems as options of `run_training.py` (`run_qat.py` for those that quantize): `--config recipes/NAME.yaml`,
-which the command line overrides. Each file says what it is and where it departs from its source. Parameters are those
-that are trained, MACs those of one second as the challenge counts them, and with attention, which its counter leaves
-out. What was published was mostly selected on TAU22's test part, which nothing here does; accuracies are in percent.
+Published systems as options of `run_training.py`: `--config recipes/NAME.yaml`, which the command line overrides. Those
+that start from any trained network are for `run_qat.py` or, `dcase25_devices`, for `run_device_training.py`. Each file
+says what it is and where it departs from its source. Parameters are those that are trained, MACs those of one second as
+the challenge counts them, and with attention, which its counter leaves out. What was published was mostly selected on
+TAU22's test part, which nothing here does; accuracies are in percent.
 
 | recipe | network | parameters | million MACs | published |
 |---|---|---|---|---|
@@ -50,7 +51,7 @@ def header(path: Path) -> dict[str, str]:
 def size(path: Path) -> str:
     """Parameters and MACs of the network of a recipe; that of one that quantizes is another's."""
     if "model" not in read_recipe(path):
-        return "that of the network to quantize"
+        return "that of the network it starts from"
     args = parse(run_training.make_parser, ["--config", str(path), "--n_classes", "10"])[1]
     model, frontend = parts.model_config(args), parts.build_frontend(args)
     if (key := repr((args.model, model, frontend.config))) not in SIZES:  # the transformers take seconds

@@ -1,6 +1,7 @@
 """Recipes: those that are shipped beside the published ones, and what is wrong with others."""
 
 import argparse
+import importlib
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 import run_qat
 import run_training
 from helpers import cli
-from helpers.recipes import RecipeError, parse, read_recipe
+from helpers.recipes import RecipeError, parse, read_recipe, script_of
 from helpers.schedule import Place, WarmupRampdown
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +125,7 @@ def test_qat_is_what_nothing_else_said_gives():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_what_print_config_prints_is_the_same_recipe(path, tmp_path, capsys):
-    make_parser = (run_training if "model" in read_recipe(path) else run_qat).make_parser
+    make_parser = importlib.import_module(script_of(read_recipe(path)).removesuffix(".py")).make_parser
     _, args = parse(make_parser, ["--config", str(path), "--seed", "3"])
     with pytest.raises(SystemExit) as caught:
         parse(make_parser, ["--config", str(path), "--seed", "3", "--print_config"])
