@@ -54,19 +54,23 @@ def chosen_parts(argv: Sequence[str], values: Mapping[str, Any]) -> Parts:
     """The parts that a command line names, else those of `values`, else the published student's.
 
     Args:
-        values: options of a recipe or of the run to resume; what is no name in a table is left to the parser to refuse.
+        values: options of a recipe or of the run to resume.
+
+    What is no name in a table is left to the script's parser, to refuse or, as a checkpoint's name, to take.
     """
     parser = cli.Parser(add_help=False)
-    for kind, table in TABLES.items():
-        parser.add_argument(f"--{kind}", nargs="*" if kind == "augment" else None, choices=[*table])
+    for kind in TABLES:
+        parser.add_argument(f"--{kind}", nargs="*" if kind == "augment" else None)
     named, _ = parser.parse_known_args(argv)
-    chosen = {kind: name for kind, name in vars(named).items() if name is not None}
-    for kind, table in TABLES.items():
-        value = values.get(kind)
-        names = value if isinstance(value, list) else [value]
-        if isinstance(value, list) == (kind == "augment") and all(name in table for name in names if name is not None):
-            chosen.setdefault(kind, value)
-    return Parts(**{kind: name for kind, name in chosen.items() if name is not None})
+    chosen: dict[str, Any] = {}
+    for source in (vars(named), values):
+        for kind, table in TABLES.items():
+            value = source.get(kind)
+            names = value if isinstance(value, list) else [value]
+            is_known = all(name in table for name in names if name is not None)
+            if value is not None and isinstance(value, list) == (kind == "augment") and is_known:
+                chosen.setdefault(kind, value)
+    return Parts(**chosen)
 
 
 def add_network_options(parser: argparse.ArgumentParser, parts: Parts) -> argparse._ArgumentGroup:

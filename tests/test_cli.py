@@ -15,6 +15,7 @@ import torch
 
 import run_dataset
 import run_device_training
+import run_evaluation
 import run_export
 import run_qat
 import run_teacher_logits
@@ -96,7 +97,15 @@ def test_help_shows_each_on_off_option_once(parser):
 def test_every_on_off_option_of_every_script_takes_both_forms():
     (commands,) = (action for action in run_dataset.make_parser()._actions if action.dest == "command")
     parsers = [*commands.choices.values(), *(run_training.make_parser(Parts(model=name)) for name in MODELS)]
-    scripts = (run_training, run_qat, run_device_training, run_export, run_teacher_logits, run_teacher_validation)
+    scripts = (
+        run_evaluation,
+        run_training,
+        run_qat,
+        run_device_training,
+        run_export,
+        run_teacher_logits,
+        run_teacher_validation,
+    )
     parsers += [script.make_parser() for script in scripts]
     actions = [action for parser in parsers for action in parser._actions if action.dest != "help"]
     flags = [action for action in actions if action.nargs == 0 or isinstance(action.default, bool)]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import run_dataset
 import run_device_training
+import run_evaluation
 import run_export
 import run_qat
 import run_teacher_logits
@@ -30,7 +31,15 @@ from helpers.schedule import SCHEDULES
 from models import FRONTENDS, MODELS, default_frontend
 
 LIST = Path(__file__).parent / "golden" / "options.txt"
-SCRIPTS = (run_training, run_qat, run_device_training, run_export, run_teacher_validation, run_teacher_logits)
+SCRIPTS = (
+    run_evaluation,
+    run_training,
+    run_qat,
+    run_device_training,
+    run_export,
+    run_teacher_validation,
+    run_teacher_logits,
+)
 # Flags of the published scripts, from their specification.
 PUBLISHED = """
     project_name experiment_name num_workers cache_path n_classes in_channels base_channels channels_multiplier

@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from torch.distributed.run import get_args_parser
 
@@ -84,6 +85,9 @@ def here(project, tmp_path, monkeypatch) -> Path:
     state = {f"model.{name}": value for name, value in fill_state(get_model("cp_mobile")).state_dict().items()}
     torch.save({"state_dict": state, "pytorch-lightning_version": "1.9.4"},
                "DCASE23_Task1/cpjku2023/checkpoints/epoch=149-step=81900.ckpt")  # fmt: skip
+    Path("recordings").mkdir()
+    for file in ("recording.wav", "recordings/a.wav"):
+        soundfile.write(file, 0.1 * torch.randn(50000, generator=torch.Generator().manual_seed(0)).numpy(), 44100)
     for seed, name in enumerate(TEACHERS):  # all small: what counts here is the command
         torch.manual_seed(seed)
         torch.save(get_model("cp_resnet").state_dict(), f"{name}.pt")
