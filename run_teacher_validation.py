@@ -12,6 +12,7 @@ network follow from the teacher. Under torchrun the processes share out the clip
 import helpers.start  # noqa: F401, I001 (before torch)
 
 import argparse
+from collections.abc import Mapping
 import logging
 import sys
 
@@ -22,6 +23,7 @@ from datasets.tau import read_meta
 from helpers import cli
 from helpers.checkpoints.checkpoint import check_scenes
 from helpers.checkpoints.stated import add_stated_options, believe_of_teachers
+from helpers.evaluate.uncertainty import differences, intervals, mcnemar
 from helpers.data import Data, DataConfig, dataset_root, load_data, place_on_device
 from helpers.loop import predict
 from helpers.machine import open_machine
@@ -58,6 +60,8 @@ def make_parser(chosen: Parts = STUDENT) -> argparse.ArgumentParser:
     run.add_argument("--experiment_name", default="CPJKU_Teacher_Validation", help="name shown by the logger")
     run.add_argument("--logger", nargs="+", choices=[*LOGGERS], default=["wandb"], help="one or more")
     run.add_argument("--batch_size", type=cli.number(int, 1), default=32)
+    run.add_argument("--n_rounds", type=cli.number(int, 0, 1_000_000), default=10_000,
+                     help="draws of recordings for confidence intervals; 0 is off")  # fmt: skip
     add_data_options(parser)
     add_compute_options(parser)
     add_stated_options(parser, chosen, with_network=False)
@@ -108,6 +112,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         for name in answers:
             print(f"{metric_tables(metrics, f'{name}/test')}\n")
         print(summary(metrics, list(answers)))
+        if args.n_rounds:
+            print("\n".join(["", *comparisons(part, answers, args.n_rounds)]))
         if args.dataset == "synthetic":
             print(SYNTHETIC_NOTICE)
         print(f"metrics are in {logger.dir}")
@@ -127,6 +133,22 @@ def check_all(sources: list[TeacherSource], config: DataConfig) -> list[int]:
         check_scenes(source.path, loaded, meta, "take another teacher")
         rates.append(loaded.frontend.sample_rate)
     return rates
+
+
+def comparisons(data: Data, answers: Mapping[str, Tensor], n_rounds: int) -> list[str]:
+    """Macro-average accuracies with their 95 % intervals, and what the others have more or less than the first."""
+    clips, key = data.test, "macro_avg_acc"
+    lines = [f"macro %, 95 % interval of {n_rounds:,} draws of recordings; the difference to the first; McNemar's p"]
+    rows, first = [], next(iter(answers.values()))
+    for name, logits in answers.items():
+        one = intervals(clips, logits, data.groups, n_rounds)[key]
+        row = [name, f"{100 * one.value:.2f}", f"[{100 * one.low:.2f}, {100 * one.high:.2f}]"]
+        if logits is not first:
+            more = differences(clips, first, logits, data.groups, n_rounds)[key]
+            row += [f"{100 * more.value:+.2f}", f"[{100 * more.low:+.2f}, {100 * more.high:+.2f}]"]
+            row += [f"{mcnemar(clips, first, logits):.2g}"]
+        rows.append([*row, *[""] * (6 - len(row))])
+    return [*lines, *(line.rstrip() for line in align(rows))]
 
 
 def summary(metrics: dict[str, float], names: list[str]) -> str:

@@ -10,21 +10,62 @@ from torch import Tensor
 
 from datasets.waveforms import Clips
 
+FIELDS = ("acc", "loss", "count")
+
 
 @dataclass(frozen=True)
-class Scores:
-    """Accuracy and mean loss of one group of clips."""
+class Judged:
+    """What a system did with each clip, and the groups that clips are in.
 
-    acc: float
-    loss: float
-    count: int
+    Args:
+        correct: (clip,) bool.
+        loss: (clip,) float64, the logarithmic loss.
+        groups: (clip,) bool by name; the first, called "", is all clips. Each has a clip.
+    """
+
+    correct: np.ndarray
+    loss: np.ndarray
+    groups: Mapping[str, np.ndarray]
+
+    def sums(self, part: np.ndarray, n_parts: int) -> np.ndarray:
+        """Correct clips, losses and clips of each group, added up by part: (part, 3 * group) float64.
+
+        Args:
+            part: (clip,) numbers of the parts, such as recordings.
+        """
+        values = np.stack([self.correct, self.loss, np.ones(len(self.loss))], axis=1)  # (clip, field)
+        columns = np.concatenate([values * mask[:, None] for mask in self.groups.values()], axis=1)
+        return np.stack([np.bincount(part, column, n_parts) for column in columns.T], axis=1)
+
+    def scores_of(self, sums: np.ndarray) -> dict[str, np.ndarray]:
+        """The scores, by key, of sums (..., 3 * group); NaN where a group has no clips there.
+
+        Keys are `acc`, `loss`, `acc/<group>`, `loss/<group>`, and `macro_avg_acc` and `macro_avg_loss`, means over the
+        scenes there are.
+        """
+        correct, loss, count = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, len(FIELDS)), -1, 0)
+        with np.errstate(invalid="ignore"):
+            found = {"acc": correct / count, "loss": loss / count}  # (..., group)
+        names = list(self.groups)
+        scores = {
+            f"{field}/{name}".removesuffix("/"): values[..., i]
+            for field, values in found.items()
+            for i, name in enumerate(names)
+        }
+        scenes = [i for i, name in enumerate(names) if name.startswith("scene/")]
+        there = count[..., scenes] > 0
+        for field, values in found.items():
+            scores[f"macro_avg_{field}"] = np.where(there, values[..., scenes], 0).sum(axis=-1) / there.sum(axis=-1)
+        return scores
+
+    def scores(self) -> dict[str, float]:
+        """Those of all clips."""
+        whole = self.sums(np.zeros(len(self.loss), dtype=np.int64), 1)[0]
+        return {key: float(value) for key, value in self.scores_of(whole).items()}
 
 
-def score(clips: Clips, logits: Tensor, groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Metrics of logits (clip, class) for `clips`, keyed by path; only scenes, devices, cities that occur have keys.
-
-    `acc` and `loss` over all clips, `macro_avg_acc` (mean over the scenes), then `acc/<group>` for device groups and
-    `acc/scene/<name>`, `acc/device/<name>`, `acc/city/<name>`, each with `loss/...` and `count/...` alike.
+def judge(clips: Clips, logits: Tensor, groups: Mapping[str, Sequence[str]]) -> Judged:
+    """Judges logits (clip, class) for `clips`; only scenes, devices and cities that occur are groups.
 
     Args:
         groups: names of recording devices by device group.
@@ -33,32 +74,33 @@ def score(clips: Clips, logits: Tensor, groups: Mapping[str, Sequence[str]]) -> 
     meta = clips.meta
     logits = logits.double()
     target = torch.from_numpy(scene)
-    loss = F.cross_entropy(logits, target, reduction="none").numpy()
-    correct = (logits.argmax(dim=1) == target).numpy()
-
-    def of(selected: np.ndarray) -> Scores:
-        return Scores(float(correct[selected].mean()), float(loss[selected].mean()), int(selected.sum()))
-
-    parts: dict[str, Scores] = {}
+    masks = {"": np.ones(len(clips), dtype=bool)}
     for group, names in groups.items():
         selected = np.isin(device, [i for i, name in enumerate(meta.recording_devices) if name in names])
         if selected.any():
-            parts[group] = of(selected)
+            masks[group] = selected
     for kind, codes, names in (
         ("scene", scene, meta.scenes),
         ("device", device, meta.recording_devices),
         ("city", city, meta.cities),
     ):
-        parts |= {f"{kind}/{names[code]}": of(codes == code) for code in np.unique(codes)}
+        masks |= {f"{kind}/{names[code]}": codes == code for code in np.unique(codes)}
+    loss = F.cross_entropy(logits, target, reduction="none").numpy()
+    return Judged((logits.argmax(dim=1) == target).numpy(), loss, masks)
 
-    whole = of(np.ones(len(clips), dtype=bool))
-    scene_accuracies = [scores.acc for key, scores in parts.items() if key.startswith("scene/")]
-    metrics = {
-        "acc": whole.acc,
-        "macro_avg_acc": float(np.mean(scene_accuracies)),
-        "loss": whole.loss,
-        "count": whole.count,
-    }
-    for field in ("acc", "loss", "count"):
-        metrics |= {f"{field}/{key}": getattr(scores, field) for key, scores in parts.items()}
-    return metrics
+
+def score(clips: Clips, logits: Tensor, groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Metrics of logits (clip, class) for `clips`, keyed by path; only scenes, devices, cities that occur have keys.
+
+    `acc` and `loss` over all clips, `macro_avg_acc` and `macro_avg_loss` (means over the scenes), then `acc/<group>`
+    for device groups and `acc/scene/<name>`, `acc/device/<name>`, `acc/city/<name>`, each with `loss/...` and
+    `count/...` alike.
+
+    Args:
+        groups: names of recording devices by device group.
+    """
+    judged = judge(clips, logits, groups)
+    scores = judged.scores()
+    counts = {f"count/{name}".removesuffix("/"): int(mask.sum()) for name, mask in judged.groups.items()}
+    first = ["acc", "macro_avg_acc", "loss"]
+    return {key: scores[key] for key in first} | {"count": counts["count"]} | scores | counts
