@@ -37,6 +37,7 @@ from helpers.report.text import align
 from helpers.teachers import find_teacher, scorer
 
 BATCH = 32  # windows that a network answers at once
+UNKNOWN = "unknown"
 BAR = 24  # characters of a probability of 1
 
 
@@ -59,7 +60,13 @@ class Listener:
     n_samples: int
     hop: int
     temperature: float
+    unknown_below: float
     device: torch.device
+
+    def name(self, probabilities: np.ndarray) -> str:
+        """The most likely scene, or that it is not known."""
+        best = int(probabilities.argmax())
+        return self.scenes[best] if probabilities[best] >= self.unknown_below else UNKNOWN
 
     @torch.inference_mode()
     def answers(self, pieces: Iterator[np.ndarray], batch: int = BATCH) -> Iterator[Answer]:
@@ -79,8 +86,9 @@ def make_parser(chosen: Parts = STUDENT) -> argparse.ArgumentParser:
     network.add_argument("--model", dest="network", default="cpjku2023", metavar="NAME",
                          help="a published network, the id of a run, or a checkpoint")  # fmt: skip
     network.add_argument("--project_name", default="DCASE23_Task1", help="folder of the runs")
-    network.add_argument("--temperature", type=cli.number(float, 0, above=True), default=1.0,
-                         help="divides the logits: above 1 for a network that is surer than it is right")  # fmt: skip
+    network.add_argument("--temperature", type=cli.number(float, 0, above=True),
+                         help="divides the logits: above 1 for a network that is surer than it is right (default: "
+                              "what training with --val_fraction has found, else 1)")  # fmt: skip
     cut = parser.add_argument_group("windows")
     cut.add_argument("--window", type=cli.number(float, 0, above=True), metavar="SECONDS",
                      help="length of a window (default: of the clips that the network was trained on)")  # fmt: skip
@@ -88,6 +96,8 @@ def make_parser(chosen: Parts = STUDENT) -> argparse.ArgumentParser:
                      help="from window to window (default: a window)")  # fmt: skip
     out = parser.add_argument_group("answers")
     out.add_argument("--top", type=cli.number(int, 1), default=3, help="scenes that are printed for a recording")
+    out.add_argument("--unknown_below", type=cli.number(float, 0, 1), default=0.0, metavar="P",
+                     help="answer unknown where the most likely scene has a smaller probability")  # fmt: skip
     out.add_argument("--output", metavar="FILE", help="also write all probabilities of all windows: .csv or .json")
     raw = parser.add_argument_group("raw samples on standard input")
     raw.add_argument("--pcm_format", choices=[*PCM], default="s16le", help="of a sample")
@@ -129,11 +139,11 @@ def main(argv: list[str] | None = None) -> int:
             n_broken += 1
             continue
         answered[str(file)] = answers
-        print("\n".join(described(str(file), answers, listener.scenes, args.top)), flush=True)
+        print("\n".join(described(str(file), answers, listener, args.top)), flush=True)
     if skipped:
         print(f"{skipped} files that are no audio were left out")
     if args.output is not None:
-        write_answers(Path(args.output), answered, listener.scenes)
+        write_answers(Path(args.output), answered, listener)
         print(f"all probabilities are in {args.output}")
     return 1 if n_broken else 0
 
@@ -148,7 +158,8 @@ def open_listener(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     hop = n_samples if args.hop is None else max(1, round(args.hop * rate))
     model, frontend = scorer(source, loaded, n_samples, machine)
     scenes = loaded.scenes or tuple(f"class {i}" for i in range(loaded.model.config.n_classes))
-    return Listener(model, frontend, scenes, n_samples, hop, args.temperature, machine.device)
+    temperature = args.temperature or loaded.content.get("temperature", 1.0)
+    return Listener(model, frontend, scenes, n_samples, hop, temperature, args.unknown_below, machine.device)
 
 
 def listen(args: argparse.Namespace, listener: Listener) -> int:
@@ -161,6 +172,8 @@ def listen(args: argparse.Namespace, listener: Listener) -> int:
         for answer in listener.answers(pieces, batch=1):
             best = np.argsort(-answer.probabilities)[: args.top]
             words = "  ".join(f"{listener.scenes[i]} {answer.probabilities[i]:.2f}" for i in best)
+            if listener.name(answer.probabilities) == UNKNOWN:
+                words = f"{UNKNOWN}: {words}"
             print(f"{clock(answer.start)} - {clock(answer.end)}  {words}", flush=True)
     except KeyboardInterrupt:
         print()
@@ -169,19 +182,21 @@ def listen(args: argparse.Namespace, listener: Listener) -> int:
     return 0
 
 
-def described(name: str, answers: Sequence[Answer], scenes: Sequence[str], n_top: int) -> list[str]:
+def described(name: str, answers: Sequence[Answer], listener: Listener, n_top: int) -> list[str]:
     """Lines for people: the most likely scenes of a recording, and over time where it has several windows."""
     mean = np.mean([answer.probabilities for answer in answers], axis=0)
     best = np.argsort(-mean)[:n_top]
-    rows = [[scenes[i], f"{mean[i]:.2f}", "#" * round(BAR * mean[i])] for i in best]
+    rows = [[listener.scenes[i], f"{mean[i]:.2f}", "#" * round(BAR * mean[i])] for i in best]
     lines = [f"{name} ({answers[-1].end:.1f} s)"]
+    if listener.name(mean) == UNKNOWN:
+        lines[0] += f": {UNKNOWN}, the most likely are"
     lines += [f"  {line.rstrip()}" for line in align([[a, b, c.ljust(BAR)] for a, b, c in rows])]
     if len(answers) > 1:
         spans = []
-        for scene, group in groupby(answers, key=lambda answer: int(answer.probabilities.argmax())):
+        for scene, group in groupby(answers, key=lambda answer: listener.name(answer.probabilities)):
             same = list(group)
-            sure = np.mean([answer.probabilities[scene] for answer in same])
-            spans.append([f"{clock(same[0].start)} - {clock(same[-1].end)}", scenes[scene], f"{sure:.2f}"])
+            sure = np.mean([answer.probabilities.max() for answer in same])
+            spans.append([f"{clock(same[0].start)} - {clock(same[-1].end)}", scene, f"{sure:.2f}"])
         lines += ["  over time:", *(f"    {line}" for line in align(spans, n_left=2))]
     return lines
 
@@ -193,17 +208,18 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:04.1f}" if hours else f"{minutes}:{rest:04.1f}"
 
 
-def write_answers(path: Path, answered: dict[str, list[Answer]], scenes: Sequence[str]) -> None:
+def write_answers(path: Path, answered: dict[str, list[Answer]], listener: Listener) -> None:
     """All windows as a table, a line each, or as JSON by recording."""
+    scenes = listener.scenes
     with replacing(path) as file:
         if path.suffix == ".csv":
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["file", "start", "end", "scene", "probability", *scenes])
             for name, answers in answered.items():
                 for one in answers:
-                    best = int(one.probabilities.argmax())
-                    values = [f"{value:.6f}" for value in (one.probabilities[best], *one.probabilities)]
-                    writer.writerow([name, f"{one.start:.3f}", f"{one.end:.3f}", scenes[best], *values])
+                    values = [f"{value:.6f}" for value in (one.probabilities.max(), *one.probabilities)]
+                    scene = listener.name(one.probabilities)
+                    writer.writerow([name, f"{one.start:.3f}", f"{one.end:.3f}", scene, *values])
             return
         content = []
         for name, answers in answered.items():
@@ -212,7 +228,7 @@ def write_answers(path: Path, answered: dict[str, list[Answer]], scenes: Sequenc
                 for one in answers
             ]
             mean = np.mean([one.probabilities for one in answers], axis=0)
-            content.append({"file": name, "scene": scenes[int(mean.argmax())],
+            content.append({"file": name, "scene": listener.name(mean),
                             "probabilities": _by_scene(mean, scenes), "windows": spans})  # fmt: skip
         json.dump(content, file, indent=1)
 

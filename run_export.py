@@ -197,7 +197,7 @@ def write_files(
     args: argparse.Namespace, loaded: LoadedModel, networks: dict[str, nn.Module], precisions: Sequence[str],
     n_samples: int, out_dir: Path,
 ) -> list[File]:  # fmt: skip
-    files = []
+    files, temperature = [], loaded.content.get("temperature", 1.0)
     for precision in precisions:
         for kind in args.inputs:
             for suffix in args.formats:
@@ -207,7 +207,8 @@ def write_files(
                 write = write_onnx if suffix == "onnx" else write_executorch
                 log.info("writing %s", path)
                 network = networks[precision].cpu().eval()
-                write(network, loaded.frontend, loaded.scenes, n_samples, precision, kind == "waveform", path)
+                what = network, loaded.frontend, loaded.scenes, n_samples, precision, kind == "waveform", path
+                write(*what, temperature=temperature)
                 files.append(File(path, precision, kind == "waveform"))
     return files
 

@@ -38,7 +38,8 @@ from helpers.data import (
     load_teacher,
     place_on_device,
 )
-from helpers.loop import Update, check_shapes, evaluate, train_one_epoch
+from helpers.evaluate.calibration import fit_temperature
+from helpers.loop import Update, check_shapes, evaluate, predict, train_one_epoch
 from helpers.machine import open_machine
 from helpers.options import add_training_options, build_average, build_optimizer, check_selection
 from helpers.runs.folder import begun_run
@@ -110,6 +111,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             run.finish_epoch(metrics)
         if logits is None:  # a finished run, resumed
             metrics, logits = score()
+        if data.val is not None:
+            with nullcontext() if average is None else average.scored():
+                held_out = predict(forward, frontend, data.val, machine, run.after_step)
+            run.keep_temperature(fit_temperature(held_out, data.val.scene.cpu()))
         run.report(metrics, logits)
         print(f"\nlast epoch: test accuracy {metrics['test/acc']:.2%}; report and checkpoints are in {run.dir}")
         as_teacher = ["python", "run_teacher_logits.py", "--project_name", args.project_name, "--teachers", run.id]

@@ -16,7 +16,7 @@ import torch
 import run_evaluation
 from datasets.audio import read_audio, resample
 from datasets.tau import SCENES, DataError
-from helpers.checkpoints.checkpoint import CheckpointError, describe, load_model, save_checkpoint
+from helpers.checkpoints.checkpoint import CheckpointError, describe, load_checkpoint, load_model, save_checkpoint
 from helpers.evaluate.recordings import decoded, find_recordings, read_pcm, read_recording, resampled, windows
 from models import FRONTENDS, MODELS, get_frontend, get_model
 
@@ -210,3 +210,25 @@ def test_the_published_student_knows_real_recordings(shared, tmp_path, monkeypat
     wanted = [SCENES[i] for i in data["logits"].argmax(dim=1).tolist()] if len(data["logits"]) == len(clips) else None
     right = [scene == clip.name.split("-")[0] for scene, clip in zip(table.scene, clips, strict=True)]
     assert sum(right) >= 6 and (wanted is None or table.scene.tolist() == wanted)
+
+
+def test_a_network_may_say_that_it_does_not_know(network, capsys):
+    soundfile.write("a.wav", noise(1.0), 44100)
+    options = ["--model", "net.pt", "a.wav", "--output", "s.csv", "--unknown_below"]
+    assert run_evaluation.main([*options, "0.999"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("a.wav (1.0 s): unknown, the most likely are\n") and "0:00.0 - 0:01.0  unknown" in printed
+    assert pd.read_csv("s.csv").scene.tolist() == ["unknown"] * 2
+    assert run_evaluation.main([*options, "0.1"]) == 0 and "unknown" not in capsys.readouterr().out
+
+
+def test_the_temperature_of_a_checkpoint_is_taken(network):
+    content = load_checkpoint(network)
+    del content["format"]
+    save_checkpoint(network, content | {"temperature": 3.0})
+    soundfile.write("a.wav", noise(0.5, RATE), RATE, subtype="FLOAT")
+    for more, temperature in (([], 3.0), (["--temperature", "1"], 1.0)):
+        run_evaluation.main(["--model", "net.pt", "a.wav", "--output", "s.csv", *more])
+        row = pd.read_csv("s.csv").iloc[0]
+        wanted = expected(network, read_audio(Path("a.wav"), RATE), temperature)
+        np.testing.assert_allclose([row.kitchen, row.office, row.yard], wanted, rtol=0, atol=2e-5)

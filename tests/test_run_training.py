@@ -169,6 +169,15 @@ def test_a_finished_run_resumes_to_its_report(options, capsys):
     assert [line["epoch"] for line in lines(run_of())] == [0, 1]
 
 
+def test_a_held_out_part_gives_the_temperature_of_the_logits(options):
+    run_training.main([*options, "--n_epochs", "1", "--val_fraction", "0.4", "--run_id", "held"])
+    run_training.main([*options, "--n_epochs", "1", "--run_id", "plain"])
+    content = load_checkpoint("DCASE23_Task1/held/checkpoints/last.pt")
+    assert 0.05 <= content["temperature"] <= 20 and "temperature" not in load_checkpoint(
+        "DCASE23_Task1/plain/checkpoints/last.pt"
+    )
+
+
 def test_best_is_kept_only_for_a_held_out_part(options):
     metrics = run_training.main([*options, "--val_fraction", "0.34"])
     assert sorted(os.listdir(run_of() / "checkpoints")) == ["best.pt", "last.pt"]

@@ -54,6 +54,9 @@ SCHEMA = {
     "options?": {},
     "precision?": matching(lambda name: name in ("fp32", "int8", "fp16"), "must be fp32, int8 or fp16"),
     "quantization?": (dict, type(None)),
+    "temperature?": matching(
+        lambda value: isinstance(value, int | float) and 0 < value < 1000, "must be a number above 0"
+    ),
     "source_scores?": matching(
         lambda scores: all(isinstance(k, str) and isinstance(v, int | float) for k, v in scores.items()),
         "must hold numbers by name",

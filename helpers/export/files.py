@@ -17,11 +17,14 @@ from models.layers.fold import fold
 WAVEFORM, LOG_MEL = "waveform", "log_mel"  # names of the two kinds of input
 
 
-def describe_file(frontend: nn.Module, scenes: Sequence[str], n_samples: int, precision: str) -> dict[str, str]:
+def describe_file(
+    frontend: nn.Module, scenes: Sequence[str], n_samples: int, precision: str, temperature: float = 1.0
+) -> dict[str, str]:
     """Metadata that every file carries: what goes in, what comes out, and how the spectrogram is made.
 
     Args:
         n_samples: length of a clip at the front end's rate.
+        temperature: that divides the logits before their softmax.
     """
     rate = frontend.sample_rate
     return {
@@ -31,7 +34,8 @@ def describe_file(frontend: nn.Module, scenes: Sequence[str], n_samples: int, pr
         "clip_seconds": f"{n_samples / rate:g}",
         "precision": precision,
         "waveform": "(batch, sample) float32 in -1 .. 1, mono",
-        "output": "logits (batch, class) before softmax, in the order of labels",
+        "output": "logits (batch, class) before softmax, in the order of labels; divide them by temperature for it",
+        "temperature": f"{temperature:g}",
         "frontend": json.dumps({"name": type(frontend).__name__, **asdict(frontend.config)}),
         "normalisation": frontend.normalisation,
     }
@@ -82,7 +86,7 @@ def activation_bytes(network_bytes: int, frontend: nn.Module, n_samples: int, wi
 
 def write_onnx(
     network: nn.Module, frontend: nn.Module, scenes: Sequence[str], n_samples: int, precision: str,
-    with_frontend: bool, path: Path,
+    with_frontend: bool, path: Path, *, temperature: float = 1.0,
 ) -> Path:  # fmt: skip
     """Writes one ONNX file with a free batch size.
 
@@ -90,22 +94,23 @@ def write_onnx(
         network: as the target computes it, from `quantization.for_target`, on the CPU; float ones are folded.
         precision: fp32, fp16 or int8; for the metadata.
         with_frontend: waveform in instead of log-mel.
+        temperature: of the logits, for the metadata.
     """
     from helpers.export.onnx_file import export_onnx  # slow to import, and not needed for --help
 
     network = fold(network, example_input(frontend, n_samples, False)) if precision != "int8" else network
     model = whole(network, frontend, n_samples) if with_frontend else network
-    metadata = describe_file(frontend, scenes, n_samples, precision)
+    metadata = describe_file(frontend, scenes, n_samples, precision, temperature)
     example = example_input(frontend, n_samples, with_frontend)
     return export_onnx(model, example, path, WAVEFORM if with_frontend else LOG_MEL, metadata)
 
 
 def write_executorch(
     network: nn.Module, frontend: nn.Module, scenes: Sequence[str], n_samples: int, precision: str,
-    with_frontend: bool, path: Path,
+    with_frontend: bool, path: Path, *, temperature: float = 1.0,
 ) -> Path:  # fmt: skip
     """Writes one ExecuTorch program for one clip; arguments as `write_onnx`."""
     network = fold(network, example_input(frontend, n_samples, False)) if precision != "int8" else network
     model = whole(network, frontend, n_samples, store_matrices=True) if with_frontend else network
-    metadata = describe_file(frontend, scenes, n_samples, precision)
+    metadata = describe_file(frontend, scenes, n_samples, precision, temperature)
     return export_executorch(model, example_input(frontend, n_samples, with_frontend), path, metadata)

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -211,6 +211,12 @@ class Run:
             content = describe_run(self.subject, vars(self.args))
             save_checkpoint(self.logger.checkpoint_dir / name, content | training)
         self.saved_at = time.monotonic()
+
+    def keep_temperature(self, temperature: float) -> None:
+        """Adds the temperature that the held-out part asks for to last.pt; all processes call it together."""
+        log.info("temperature of the logits, by the held-out recordings: %.3f", temperature)
+        self.subject = replace(self.subject, more={**self.subject.more, "temperature": temperature})
+        self.save("last.pt")
 
     def report(self, metrics: Mapping[str, float], logits: Tensor) -> None:
         """Writes and prints the report of a finished run, with a confusion matrix of its test part.
