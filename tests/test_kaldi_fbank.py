@@ -1,5 +1,6 @@
 import math
 
+import onnxruntime
 import pytest
 import soundfile
 import soxr
@@ -7,7 +8,9 @@ import torch
 import torchaudio
 from torch import Tensor, nn
 
+from helpers.export.onnx_file import export_onnx
 from models.frontends.kaldi_fbank import KaldiFbank, KaldiFbankConfig, mel_bank
+from models.layers.xnnpack import for_xnnpack
 from tests.golden_inputs import clip
 
 RATE = 16000
@@ -148,6 +151,31 @@ def test_result_serves_in_training_and_leaves_the_waveform_alone():
     assert conv.weight.grad.abs().min() > 0
     assert torch.equal(waveform.detach(), before)
     assert torch.equal(fbank, frontend.eval()(waveform))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_its_forms_for_files_give_the_same(options):
+    frontend = KaldiFbank(KaldiFbankConfig(**options))
+    rate = frontend.sample_rate
+    waveform = clip(0.7, rate, "fbank/export", 2) * torch.tensor([[1.0], [1e-3]])
+    waveform[1] += 0.1
+    n_samples, atol = waveform.shape[1], 1e-3 / frontend.config.dataset_std
+    fbank = frontend(waveform)
+    torch.testing.assert_close(frontend.for_export(n_samples)(waveform), fbank, rtol=0, atol=atol)
+    xnnpack = for_xnnpack(nn.Sequential(frontend.for_export(n_samples, store_matrices=True)), waveform[:1])
+    torch.testing.assert_close(xnnpack(waveform[:1]), fbank[:1], rtol=0, atol=atol)
+    constant = steps(torch.full_like(waveform, 0.3))  # of which nothing may be left
+    assert torch.equal(frontend.for_export(n_samples)(constant), frontend(constant))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["beats", "coprime"])
+def test_onnx_runtime_gives_the_same(options, tmp_path):
+    frontend = KaldiFbank(KaldiFbankConfig(**OPTIONS[options]))
+    waveform = torch.cat([clip(1.0, RATE, "fbank/onnx", 2), steps(torch.full((1, RATE), 0.3))])
+    path = export_onnx(frontend.for_export(RATE).eval(), waveform, tmp_path / "frontend.onnx", "waveform", {})
+    (found,) = onnxruntime.InferenceSession(str(path)).run(None, {"waveform": waveform.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), frontend(waveform), rtol=0, atol=2e-4)
 
 
 def test_keeps_no_state():

@@ -5,6 +5,7 @@ from the published code: none in the result; the work is ordered for memory and 
 """
 
 import logging
+import math
 from typing import Annotated, Any
 
 import torch
@@ -52,10 +53,10 @@ def check_mel_config(config: Any) -> None:
 class Mel(Frontend):
     """Maps waveforms (batch, sample) to mel spectrograms (batch, 1, mel, time), float32. No parameters, no state.
 
-    Frames are centred at 0, hop_length, ... of the waveform.
+    Frames are centred at 0, hop_length, ... of the waveform, or begin there.
 
     Args:
-        window: (win_length,); stands in the middle of n_fft samples.
+        window: (sample,), as long as a frame; stands in the middle of n_fft samples.
         bank: filters (mel, n_fft / 2 + 1), or in the narrow form of `narrow`. The Nyquist bin has no weight.
 
     Raises:
@@ -64,7 +65,10 @@ class Mel(Frontend):
 
     preemphasis = 0.0  # y[t] = x[t + 1] - preemphasis * x[t]; 0: y = x
     offset = 0.0  # added to every sample
-    is_mirrored = True  # the ends of the clip; else zeros stand beyond them
+    is_centred = True  # else the first frame begins with the clip, and the last one is whole
+    is_mirrored = True  # the ends of the clip, where frames reach beyond them; else zeros stand there
+    removes_mean = False  # of the samples of every frame, before preemphasis
+    warns_of_empty_bands = True
     is_magnitude = False  # filters sum magnitudes instead of powers
 
     def __init__(self, config: Any, window: Tensor, bank: Tensor | tuple[Tensor, Tensor]):
@@ -75,7 +79,7 @@ class Mel(Frontend):
         self.register_buffer("band_index", index, persistent=False)
         self.register_buffer("band_weight", weight, persistent=False)
         n_empty = int((weight.sum(dim=1) == 0).sum())
-        if n_empty:
+        if n_empty and self.warns_of_empty_bands:
             log.warning(
                 "%d of %d mel bands hold no bin of the transform and are constant: raise n_fft or lower n_mels",
                 n_empty, config.n_mels,
@@ -104,10 +108,15 @@ class Mel(Frontend):
     @property
     def least_samples(self) -> int:
         """Of a waveform."""
+        if not self.is_centred:
+            return len(self.window) + bool(self.preemphasis)
         return (self.config.n_fft // 2 + 1 if self.is_mirrored else 1) + bool(self.preemphasis)
 
     def n_frames(self, n_samples: int) -> int:
-        return 1 + (n_samples - bool(self.preemphasis)) // self.config.hop_length
+        if n_samples < self.least_samples:
+            raise ValueError(f"clips must have at least {self.least_samples} samples, got {n_samples}")
+        n = n_samples - bool(self.preemphasis)
+        return 1 + (n if self.is_centred else n - len(self.window)) // self.config.hop_length
 
     def for_export(self, n_samples: int, store_matrices: bool = False) -> nn.Module:
         from models.frontends.mel_export import MelExport  # which needs this file
@@ -135,16 +144,10 @@ class Mel(Frontend):
         windowed = waveform.new_zeros(chunk, n_frames, config.n_fft)
         spectrum = waveform.new_empty(chunk * n_frames, n_bins, dtype=torch.complex64)
         by_bin = waveform.new_empty(n_bins, chunk * n_frames, dtype=torch.complex64)
-        # The window is centred in n_fft samples; where it stands in the transform changes the phase alone.
-        offset, half = (config.n_fft - config.win_length) // 2, config.n_fft // 2
         for start in range(0, n_clips, chunk):
             clips, into = waveform[start : start + chunk], bands[start : start + chunk]
             n = len(clips) * n_frames
-            if self.preemphasis:
-                clips = torch.add(clips[:, 1:], clips[:, :-1], alpha=-self.preemphasis)
-            padded = F.pad(clips, (half, half), mode="reflect" if self.is_mirrored else "constant")
-            frames = padded[:, offset:].unfold(1, config.win_length, config.hop_length)[:, :n_frames]
-            torch.mul(frames, self.window, out=windowed[: len(clips), :, : config.win_length])
+            self._window(clips, windowed[: len(clips), :, : len(self.window)])
             torch.fft.rfft(windowed[: len(clips)].flatten(0, 1), out=spectrum[:n])
             squared = torch.view_as_real(by_bin[:, :n].copy_(spectrum[:n].t())).square_()  # (bin, clip x time, 2)
             if self.is_magnitude:
@@ -157,6 +160,30 @@ class Mel(Frontend):
                 torch.add(sums[..., 0], sums[..., 1], out=into.transpose(0, 1))
             self.compress_(into)
         return bands
+
+    def _window(self, waveform: Tensor, out: Tensor) -> None:
+        """Writes the frames under the window to `out` (batch, time, sample)."""
+        config, clips = self.config, waveform
+        if self.preemphasis:
+            clips = torch.add(clips[:, 1:], clips[:, :-1], alpha=-self.preemphasis)
+        if self.is_centred:
+            half = config.n_fft // 2
+            clips = F.pad(clips, (half, half), mode="reflect" if self.is_mirrored else "constant")
+            # Where the window stands among the n_fft samples of the transform changes the phase alone.
+            clips = clips[:, (config.n_fft - len(self.window)) // 2 :]
+        frames = clips.unfold(1, len(self.window), config.hop_length)[:, : out.shape[1]]
+        if self.removes_mean:
+            # Taken out after preemphasis, as the same multiple: of a constant frame exactly nothing is left.
+            means = frame_means(waveform, len(self.window) + bool(self.preemphasis), config.hop_length)
+            frames = torch.sub(frames, torch.add(means, means, alpha=-self.preemphasis), out=out)
+        torch.mul(frames, self.window, out=out)
+
+
+def frame_means(waveform: Tensor, n: int, hop_length: int) -> Tensor:
+    """Mean of each whole frame of n samples, (batch, time, 1), from sums over the parts that frames have in common."""
+    part = math.gcd(n, hop_length)
+    sums = waveform[:, : waveform.shape[1] // part * part].unflatten(1, (-1, part)).sum(dim=2)  # (batch, part)
+    return sums.unfold(1, n // part, hop_length // part).sum(dim=2, keepdim=True) / n
 
 
 def narrow(bank: Tensor) -> tuple[Tensor, Tensor]:

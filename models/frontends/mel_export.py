@@ -53,11 +53,10 @@ class MelExport(nn.Module):
         super().__init__()
         self.config, self.n_samples = frontend.config, n_samples
         self.offset, self.preemphasis, self.compress_ = frontend.offset, frontend.preemphasis, frontend.compress_
-        self.is_mirrored, self.is_magnitude = frontend.is_mirrored, frontend.is_magnitude
-        if n_samples < frontend.least_samples:
-            raise ValueError(f"clips must have at least {frontend.least_samples} samples, got {n_samples}")
+        self.is_centred, self.is_mirrored = frontend.is_centred, frontend.is_mirrored
+        self.removes_mean, self.is_magnitude = frontend.removes_mean, frontend.is_magnitude
         self.n_frames = frontend.n_frames(n_samples)
-        self.p, self.q = split_transform(self.config.n_fft, self.config.win_length)
+        self.p, self.q = split_transform(self.config.n_fft, len(frontend.window))
         self._lay_out_frames(frontend.window)
         self._lay_out_transform()
         self._lay_out_filters(frontend.band_index, frontend.band_weight)
@@ -88,7 +87,8 @@ class MelExport(nn.Module):
     def _frames(self, waveform: Tensor) -> Tensor:
         """Windowed frames (batch x time, n1, n2) of the emphasised waveform, mirrored at its ends."""
         x = self.emphasised(waveform)
-        x = F.pad(x, (self.n_left, self.n_right), mode="reflect" if self.is_mirrored else "constant")
+        if self.n_left or self.n_right:
+            x = F.pad(x, (self.n_left, self.n_right), mode="reflect" if self.is_mirrored else "constant")
         if self.n_zeros > 0:  # read only where the window is zero
             x = F.pad(x, (0, self.n_zeros))
         elif self.n_zeros < 0:  # in no frame
@@ -97,7 +97,16 @@ class MelExport(nn.Module):
         frames = x.view(-1, self.n_gathered)  # (batch x time, sample)
         if self.n_gathered > len(self.window):
             frames = frames[:, : len(self.window)]
-        return (frames * self.window).view(-1, len(self.window) // self.q, self.q)
+        return self.windowed(frames, waveform).view(-1, len(self.window) // self.q, self.q)
+
+    def windowed(self, frames: Tensor, waveform: Tensor) -> Tensor:
+        """Frames (batch x time, sample) without their mean, where that is taken out, times the window."""
+        if self.removes_mean:
+            sums = waveform[:, : self.n_mean].unflatten(1, (-1, self.mean_part)).sum(2)  # (batch, part)
+            parts = sums.index_select(1, self.mean_index).view(-1, self.n_averaged // self.mean_part)
+            means = parts.sum(1, keepdim=True) / self.n_averaged  # (batch x time, 1)
+            frames = frames - (1 - self.preemphasis) * means
+        return frames * self.window
 
     def emphasised(self, waveform: Tensor) -> Tensor:
         if self.offset:
@@ -117,19 +126,27 @@ class MelExport(nn.Module):
     def _lay_out_frames(self, window: Tensor) -> None:
         """Which pieces of the padded waveform make which frame; the window, with zeros up to whole rows n1."""
         config, hop = self.config, self.config.hop_length
-        self.piece, n_window = split_frame(config.win_length, hop, self.q)
-        self._keep("window", F.pad(window, (0, n_window - config.win_length)))
+        self.piece, n_window = split_frame(len(window), hop, self.q)
+        self._keep("window", F.pad(window, (0, n_window - len(window))))
         n_pieces = -(-n_window // self.piece)
         self.n_gathered = n_pieces * self.piece
         start = torch.arange(self.n_frames)[:, None] * (hop // self.piece)
         self._keep("piece_index", (start + torch.arange(n_pieces)).flatten())  # ((time, piece),)
         # n_fft / 2 samples are mirrored at both ends, and the window stands in the middle of n_fft samples.
-        self.n_left = config.n_fft // 2 - (config.n_fft - config.win_length) // 2
+        n_outside = config.n_fft // 2 if self.is_centred else 0
+        self.n_left = n_outside - (config.n_fft - len(window)) // 2 if self.is_centred else 0
         n_missing = (
             (self.n_frames - 1) * hop + self.n_gathered - self.n_left - (self.n_samples - bool(self.preemphasis))
         )
-        self.n_right = min(max(n_missing, 0), config.n_fft // 2)
+        self.n_right = min(max(n_missing, 0), n_outside)
         self.n_zeros = n_missing - self.n_right
+        if self.removes_mean:  # as `frame_means`: from sums over the parts that frames have in common
+            self.n_averaged = len(window) + bool(self.preemphasis)
+            self.mean_part = math.gcd(self.n_averaged, hop)
+            self.n_mean = self.n_samples // self.mean_part * self.mean_part
+            start = torch.arange(self.n_frames)[:, None] * (hop // self.mean_part)
+            parts = torch.arange(self.n_averaged // self.mean_part)
+            self._keep("mean_index", (start + parts).flatten())  # ((time, part),)
 
     def _lay_out_transform(self) -> None:
         """Matrix of stage 1; tables of cosine and sine with the places that stage 2 reads."""

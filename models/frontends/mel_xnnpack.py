@@ -51,4 +51,4 @@ class XnnMel(nn.Module):
         frames = x.view(-1, mel.n_gathered)  # (time, sample)
         if mel.n_gathered > len(mel.window):
             frames = frames[:, : len(mel.window)]
-        return (frames * mel.window).view(-1, len(mel.window) // mel.q, mel.q)  # (time, n1, n2)
+        return mel.windowed(frames, waveform).view(-1, len(mel.window) // mel.q, mel.q)  # (time, n1, n2)

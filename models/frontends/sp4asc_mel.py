@@ -30,7 +30,7 @@ class Sp4ascMelConfig:
 class Sp4ascMel(mel.Mel):
     """Maps waveforms (batch, sample) to mel spectrograms (batch, 1, mel, time) in dB, float32.
 
-    Filters are Slaney's mel.triangles of the same area. Frames: 1 + floor(sample / hop_length), 44 a second.
+    Filters are Slaney's triangles of the same area. Frames: 1 + floor(sample / hop_length), 44 a second.
     """
 
     mask_value = -100.0  # silence
