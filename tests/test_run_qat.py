@@ -182,7 +182,7 @@ def test_export_of_a_quantized_run_passes_its_own_report(exported):
 
 def test_an_int8_file_that_only_this_cpu_gets_wrong_names_the_remedy(exported, monkeypatch, capsys):
     monkeypatch.chdir(exported[0])
-    monkeypatch.setattr(run_export, "write_onnx", lambda *_: None)  # they are there
+    monkeypatch.setattr(run_export, "write_onnx", lambda *_, **_options: None)  # they are there
     original = run_export.parity.run_onnx
 
     def saturating(path, inputs, exact=False):
