@@ -11,6 +11,7 @@ from torch import Tensor
 from datasets.waveforms import Clips
 
 FIELDS = ("acc", "loss", "count")
+CELL = "/device/"  # between scene and device in the name of a group of both
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,18 @@ class Judged:
         Args:
             part: (clip,) numbers of the parts, such as recordings.
         """
-        values = np.stack([self.correct, self.loss, np.ones(len(self.loss))], axis=1)  # (clip, field)
-        columns = np.concatenate([values * mask[:, None] for mask in self.groups.values()], axis=1)
-        return np.stack([np.bincount(part, column, n_parts) for column in columns.T], axis=1)
+        columns = []
+        for mask in self.groups.values():
+            own = part[mask]
+            fields = (self.correct[mask], self.loss[mask], None)  # None: each clip counts for one
+            columns += [np.bincount(own, field, n_parts) for field in fields]
+        return np.stack(columns, axis=1).astype(np.float64)
 
     def scores_of(self, sums: np.ndarray) -> dict[str, np.ndarray]:
         """The scores, by key, of sums (..., 3 * group); NaN where a group has no clips there.
 
         Keys are `acc`, `loss`, `acc/<group>`, `loss/<group>`, and `macro_avg_acc` and `macro_avg_loss`, means over the
-        scenes there are.
+        scenes there are; with cells also `domain_avg_acc`, the mean over devices of their means over scenes.
         """
         correct, loss, count = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, len(FIELDS)), -1, 0)
         with np.errstate(invalid="ignore"):
@@ -52,10 +56,18 @@ class Judged:
             for field, values in found.items()
             for i, name in enumerate(names)
         }
-        scenes = [i for i, name in enumerate(names) if name.startswith("scene/")]
-        there = count[..., scenes] > 0
+        of_scenes = {i: name.partition(CELL)[2] for i, name in enumerate(names) if name.startswith("scene/")}
+        scenes = [i for i, device in of_scenes.items() if not device]
         for field, values in found.items():
-            scores[f"macro_avg_{field}"] = np.where(there, values[..., scenes], 0).sum(axis=-1) / there.sum(axis=-1)
+            scores[f"macro_avg_{field}"] = _mean(values[..., scenes], count[..., scenes] > 0)
+        cells: dict[str, list[int]] = {}
+        for i, device in of_scenes.items():
+            if device:
+                cells.setdefault(device, []).append(i)
+        if cells:
+            devices = [_mean(found["acc"][..., own], count[..., own] > 0) for own in cells.values()]
+            there = [count[..., own].sum(axis=-1) > 0 for own in cells.values()]
+            scores["domain_avg_acc"] = _mean(np.stack(devices, axis=-1), np.stack(there, axis=-1))
         return scores
 
     def scores(self) -> dict[str, float]:
@@ -64,11 +76,17 @@ class Judged:
         return {key: float(value) for key, value in self.scores_of(whole).items()}
 
 
-def judge(clips: Clips, logits: Tensor, groups: Mapping[str, Sequence[str]]) -> Judged:
+def _mean(values: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Over the last axis, of what is there; 0 where nothing is."""
+    return np.where(there, values, 0).sum(axis=-1) / np.maximum(there.sum(axis=-1), 1)
+
+
+def judge(clips: Clips, logits: Tensor, groups: Mapping[str, Sequence[str]], cells: bool = False) -> Judged:
     """Judges logits (clip, class) for `clips`; only scenes, devices and cities that occur are groups.
 
     Args:
         groups: names of recording devices by device group.
+        cells: each scene on each device is a group too, `scene/<name>/device/<name>`.
     """
     scene, device, city = (t.cpu().numpy() for t in (clips.scene, clips.recording_device, clips.city))
     meta = clips.meta
@@ -85,6 +103,10 @@ def judge(clips: Clips, logits: Tensor, groups: Mapping[str, Sequence[str]]) -> 
         ("city", city, meta.cities),
     ):
         masks |= {f"{kind}/{names[code]}": codes == code for code in np.unique(codes)}
+    if cells:
+        for i, j in np.unique(np.stack([scene, device]), axis=1).T:
+            name = f"scene/{meta.scenes[i]}{CELL}{meta.recording_devices[j]}"
+            masks[name] = (scene == i) & (device == j)
     loss = F.cross_entropy(logits, target, reduction="none").numpy()
     return Judged((logits.argmax(dim=1) == target).numpy(), loss, masks)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 COLDEST, HOTTEST = 0.05, 20.0
+Bins = Literal["width", "count"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Reliability:
 
 def reliability(
     logits: Tensor, target: Tensor, temperature: float = 1.0, n_bins: int = 15,
-    bins: Literal["width", "count"] = "width",
+    bins: Bins = "width",
 ) -> Reliability:  # fmt: skip
     """Confidence and accuracy of logits (clip, class) in bins.
 
@@ -46,14 +47,18 @@ def reliability(
         raise ValueError("reliability needs clips, got none")
     sure, answer = (logits.double() / temperature).softmax(dim=1).max(dim=1)
     sure, right = sure.numpy(), (answer == target).numpy()
-    if bins == "width":
-        number = np.minimum((sure * n_bins).astype(np.int64), n_bins - 1)
-    else:
-        number = np.argsort(np.argsort(sure, kind="stable"), kind="stable") * n_bins // len(sure)
+    number = bins_of(sure, n_bins, bins)
     count = np.bincount(number, minlength=n_bins)
     there = count > 0
     sums = [np.bincount(number, values, n_bins)[there] for values in (sure, right)]
     return Reliability(sums[0] / count[there], sums[1] / count[there], count[there])
+
+
+def bins_of(sure: np.ndarray, n_bins: int = 15, bins: Bins = "width") -> np.ndarray:
+    """The bin of each clip (clip,) by the probability of its answer, `sure` (clip,)."""
+    if bins == "width":
+        return np.minimum((sure * n_bins).astype(np.int64), n_bins - 1)
+    return np.argsort(np.argsort(sure, kind="stable"), kind="stable") * n_bins // len(sure)
 
 
 def fit_temperature(logits: Tensor, target: Tensor) -> float:

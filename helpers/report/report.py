@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from datasets.tau import DataError
+from helpers.evaluate.scores import confusion_matrix
 from helpers.report.text import align
 
 log = logging.getLogger(__name__)
@@ -191,7 +192,7 @@ def write_confusion_matrix(
         raise ValueError(f"need as many predictions as targets, got {predictions.shape} and {targets.shape}")
     if min(predictions.min(), targets.min()) < 0 or max(predictions.max(), targets.max()) >= n_classes:
         raise ValueError(f"class numbers must lie in [0, {n_classes - 1}], as there are {n_classes} names")
-    counts = np.bincount(targets * n_classes + predictions, minlength=n_classes**2).reshape(n_classes, n_classes)
+    counts = confusion_matrix(predictions, targets, n_classes)
     n_clips = counts.sum(axis=1, keepdims=True)  # (true class, 1)
     percent = np.divide(100 * counts, n_clips, where=n_clips > 0, out=np.full(counts.shape, np.nan))
 
