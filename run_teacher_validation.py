@@ -138,6 +138,8 @@ def check_all(sources: list[TeacherSource], config: DataConfig) -> list[int]:
 def comparisons(data: Data, answers: Mapping[str, Tensor], n_rounds: int) -> list[str]:
     """Macro-average accuracies with their 95 % intervals, and what the others have more or less than the first."""
     clips, key = data.test, "macro_avg_acc"
+    if len(set(clips.meta.recording[clips.rows])) < 2:
+        return ["the test part is a single recording, which tells nothing about how sure its scores are"]
     lines = [f"macro %, 95 % interval of {n_rounds:,} draws of recordings; the difference to the first; McNemar's p"]
     rows, first = [], next(iter(answers.values()))
     for name, logits in answers.items():

@@ -1,6 +1,7 @@
 """Time of the confidence intervals of a whole test part: 29,680 clips of 2,968 recordings, all scores at once.
 
-  python benchmarks/intervals.py                       10,000 rounds, one system and the difference of two
+  python benchmarks/intervals.py                       10,000 rounds, one system and the difference of two;
+                                                       details: each scene on each device, confusions, calibration
 
 The baseline draws clips instead of recordings and scores each draw anew, as a plain loop does; for few rounds, scaled
 up.
@@ -51,6 +52,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         "plain loop, one system": (plain, args.n_rounds / n_plain),
         "one system": (lambda: intervals(clips, first, DEVICE_GROUPS, args.n_rounds), 1.0),
         "difference of two": (lambda: differences(clips, first, second, DEVICE_GROUPS, args.n_rounds), 1.0),
+        "one system, details": (lambda: intervals(clips, first, DEVICE_GROUPS, args.n_rounds, detail=True), 1.0),
+        "difference, details": (
+            lambda: differences(clips, first, second, DEVICE_GROUPS, args.n_rounds, detail=True),
+            1.0,
+        ),
     }
     print(f"{args.n_clips} clips, {args.n_rounds} rounds, {torch.get_num_threads()} threads; seconds")
     seconds = {}

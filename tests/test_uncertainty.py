@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from datasets.tau import DEVICE_GROUPS, SCENES
+from helpers.evaluate.calibration import reliability
+from helpers.evaluate.scores import class_device_table, confusion_matrix
 from helpers.evaluate.uncertainty import differences, intervals, mcnemar
 from helpers.metrics import score
 
@@ -111,20 +112,79 @@ def test_mcnemar_is_the_exact_test(alone, both):
     assert mcnemar(clips, first, second) == pytest.approx(min(1.0, expected), rel=1e-9)
 
 
-def test_scores_of_the_baselines_are_the_published_ones(shared):
-    data = torch.load(shared("golden/dcase_baselines/metrics_all_devices.pt"), weights_only=True)
-    devices = ("a", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6")
-    n = len(data["labels"])
-    meta = SimpleNamespace(scenes=SCENES, recording_devices=devices, cities=("city",), recording=np.arange(n))
-    device = torch.tensor([devices.index(name) for name in data["devices"]])
-    part = Part(meta, np.arange(n), data["labels"], device, 0 * device)
-    found = score(part, data["logits"].float(), DEVICE_GROUPS)
-    published = data["r25_val"]
-    for key, value in published.items():
-        name = key.removeprefix("val/")
-        kind, _, of = name.partition(".")
-        kind = {"acc": "acc", "loss": "loss", "lloss": "loss", "macro_avg_acc": "macro_avg_acc"}.get(kind)
-        if kind is None or name == "loss":  # counts; the published loss is a mean of batch means
-            continue
-        place = of and (of if of in DEVICE_GROUPS else f"device/{of}" if of in devices else f"scene/{of}")
-        assert found[f"{kind}/{place}".removesuffix("/")] == pytest.approx(value, rel=1e-5), key
+def test_p_belongs_to_the_interval():
+    """Below 5 % where the interval of 95 % does not hold 0; as often as that for systems that are equally good."""
+    n_below, n = 0, 200
+    for seed in range(n):
+        clips = make_clips(60, seed=seed)
+        pair = [answers(clips, 0.7, 1000 * i + seed) for i in (1, 2)]
+        one = differences(clips, *pair, {}, n_rounds=200, seed=seed)["acc"]
+        assert 2 / 201 <= one.p <= 1
+        if abs(one.p - 0.05) > 0.02:  # percentiles of 200 draws lie between draws
+            assert (one.p < 0.05) == (not one.low <= 0 <= one.high)
+        n_below += one.p < 0.05
+    assert 0.01 <= n_below / n <= 0.12
+    assert differences(clips, pair[0], pair[0], {}, n_rounds=50)["acc"].p == 1
+
+
+def test_details_have_intervals_of_drawn_recordings():
+    clips = make_clips(30, seed=3)
+    logits = answers(clips, 0.6, 4)
+    found = intervals(clips, logits, GROUPS, n_rounds=120, seed=2, detail=True)
+    _, number = np.unique(clips.meta.recording.astype(str), return_inverse=True)
+    table, names = class_device_table(clips, logits), clips.meta.scenes
+    by_hand: dict[str, list] = {}
+    for times in np.random.default_rng(2).multinomial(30, np.full(30, 1 / 30), size=120):
+        index = np.concatenate([np.repeat(np.flatnonzero(number == i), n) for i, n in enumerate(times)]).astype(int)
+        part, chosen = clips.take(index), logits[torch.from_numpy(index)]
+        drawn = class_device_table(part, chosen, all_names=True)
+        counts = confusion_matrix(chosen.argmax(1).numpy(), part.scene.numpy(), N_SCENES)
+        shares = counts[0] / counts[0].sum() if counts[0].any() else np.full(N_SCENES, np.nan)
+        values = {
+            "acc/scene/x/device/b": drawn.accuracy.filled(np.nan)[1, 1],
+            "domain_avg_acc": drawn.domain_average.mean(),
+            "confusion/w/x": shares[1],
+            "ece": reliability(chosen, part.scene).error,
+        }
+        for key, value in values.items():
+            by_hand.setdefault(key, []).append(value)
+    for key, draws in by_hand.items():
+        low, high = np.nanpercentile(draws, (2.5, 97.5))
+        if key == "ece":
+            low = max(0, 2 * found[key].value - high)  # far from what chance could make of it
+        assert (found[key].low, found[key].high) == (pytest.approx(low), pytest.approx(high)), key
+    assert found["acc/scene/x/device/b"].value == table.accuracy[1, 1]
+    assert found["domain_avg_acc"].value == pytest.approx(table.domain_average.mean())
+    assert found["ece_adaptive"].value == pytest.approx(reliability(logits, clips.scene, bins="count").error)
+    confused = {key for key in found if key.startswith("confusion/")}
+    assert confused == {f"confusion/{true}/{answer}" for true in names for answer in names}
+    assert any(key.startswith("acc/sure/") for key in found) and not any(key.endswith("/chance") for key in found)
+    pair = differences(clips, logits, answers(clips, 0.8, 5), GROUPS, n_rounds=50, detail=True)
+    assert "domain_avg_acc" in pair and not any("sure" in key or "chance" in key for key in pair)
+
+
+@pytest.mark.parametrize("too_sure", [0.0, 0.1])
+def test_intervals_of_the_calibration_error_hold_the_truth(too_sure):
+    """Percentiles alone never hold it for a calibrated system, as chance only adds to the error."""
+    rng, covered, n, n_recordings = np.random.default_rng(1), 0, 60, 150
+    for _ in range(n):
+        clips = make_clips(n_recordings)
+        sure = np.repeat(rng.uniform(0.4, 0.95, n_recordings), 10)
+        right = np.repeat(rng.random(n_recordings), 10) < sure - too_sure
+        answer = np.where(right, clips.scene.numpy(), (clips.scene.numpy() + 1) % N_SCENES)
+        probabilities = np.repeat(((1 - sure) / (N_SCENES - 1))[:, None], N_SCENES, axis=1)
+        probabilities[np.arange(len(sure)), answer] = sure
+        one = intervals(clips, torch.from_numpy(np.log(probabilities)), {}, n_rounds=150, detail=True)["ece"]
+        covered += one.low <= too_sure <= one.high
+    assert covered / n >= 0.85
+
+
+def test_groups_in_a_single_recording_have_no_interval():
+    clips = make_clips(12)
+    clips.scene[:10], clips.scene[10:] = 0, clips.scene[10:].clamp_min(1)
+    logits = answers(clips, 0.6, 1)
+    found = intervals(clips, logits, GROUPS, n_rounds=3, detail=True)  # some groups are in no draw
+    assert "acc/scene/w" in score(clips, logits, GROUPS) and "acc" in found
+    assert not any("scene/w" in key or "confusion/w" in key for key in found)
+    assert all(np.isfinite([one.value, one.low, one.high]).all() for one in found.values())
+    assert intervals(clips.take(np.arange(10)), logits[:10], GROUPS, n_rounds=3) == {}
