@@ -26,6 +26,7 @@ SCENES = (
     "public_square", "shopping_mall", "street_pedestrian", "street_traffic", "tram",
 )  # fmt: skip
 RECORDING_DEVICES = ("a", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6")
+UNKNOWN_DEVICE = "unknown"  # in evaluation sets: one that nobody trains on
 CITIES = (
     "barcelona", "helsinki", "lisbon", "london", "lyon", "milan", "paris", "prague", "stockholm", "vienna",
 )  # fmt: skip

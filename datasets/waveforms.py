@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datasets.audio import FULL_SCALE
 from datasets.cache import WaveformStore
-from datasets.tau import Meta
+from datasets.tau import UNKNOWN_DEVICE, Evaluation, Meta
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ class Clips:
         return len(self.rows)
 
     @property
+    def recording_devices(self) -> tuple[str, ...]:
+        """Names of the devices, by the numbers in `recording_device`."""
+        return self.meta.recording_devices
+
+    @property
     def n_bytes(self) -> int:
         """Size of the waveforms of this part in memory, as stored."""
         return 2 * len(self) * self.store.n_samples
@@ -103,6 +108,30 @@ class Clips:
     def _teacher_logits(self, index: Tensor) -> Tensor:
         """Teacher logits (batch, class) float32 of the items at `index`."""
         return self.teacher_logits[index].float()
+
+
+class UnlabelledClips(Clips):
+    """The clips of an evaluation set: audio, and the recording devices where the list tells them; nothing to learn."""
+
+    def __init__(self, evaluation: Evaluation, store: WaveformStore):
+        names = np.full(len(evaluation), UNKNOWN_DEVICE, dtype=object)
+        if evaluation.recording_device is not None:
+            names = evaluation.recording_device
+        self._device_names, codes = np.unique(names.astype(str), return_inverse=True)
+        self.meta, self.rows, self.files = evaluation, np.arange(len(evaluation)), evaluation.files
+        self.scene = torch.full((len(evaluation),), -1)
+        self.recording_device = torch.from_numpy(codes)
+        self.teacher_logits, self._on_device = None, None
+        self.store, self.store_rows = store, store.rows(self.files)
+        self._resident_rows = self.store_rows
+
+    @property
+    def recording_devices(self) -> tuple[str, ...]:
+        return tuple(self._device_names.tolist())
+
+    def batch(self, index: Tensor) -> Batch:
+        index = index.to(self.scene.device)
+        return Batch(waveform=self._waveform(index), recording_device=self.recording_device[index])
 
 
 def epoch_order(n_clips: int, seed: int, epoch: int) -> Tensor:

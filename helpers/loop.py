@@ -335,7 +335,7 @@ def predict(
         if (batch := next(loader, None)) is not None:
             of_devices = []
             if getattr(model, "answers_by_device", False):
-                of_devices = [[clips.meta.recording_devices[i] for i in batch.recording_device.tolist()]]
+                of_devices = [[clips.recording_devices[i] for i in batch.recording_device.tolist()]]
             logits.append(model(frontend(batch.waveform), *of_devices).float())
         if after_batch is not None:
             after_batch()

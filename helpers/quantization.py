@@ -32,6 +32,9 @@ INSTEAD = {
 }
 
 
+SHORT_FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
 class QuantizationError(UserError, ValueError):
     """A network cannot run in 8 bits; one line that names the layer."""
 
@@ -39,9 +42,9 @@ class QuantizationError(UserError, ValueError):
 class HalfPrecision(nn.Module):
     """Runs a network in 16-bit floats behind float32 inputs and logits."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float16):
         super().__init__()
-        self.model = model.half()
+        self.model = model.to(dtype)
 
     def forward(self, log_mel: Tensor) -> Tensor:
         dtype = next(self.model.parameters()).dtype  # a float32 copy of this is run to see how data flows
@@ -234,7 +237,9 @@ def for_target(model: nn.Module, precision: str) -> nn.Module:
     """The network as the target computes it, float log-mel to float logits; `precision` as in a checkpoint."""
     if precision == "int8":
         return convert(model)
-    return HalfPrecision(copy.deepcopy(model)) if precision == "fp16" else model
+    if precision in SHORT_FLOATS:
+        return HalfPrecision(copy.deepcopy(model), SHORT_FLOATS[precision])
+    return model
 
 
 def quantizers(model: nn.Module) -> list[tuple[str, ActivationQuantizer]]:

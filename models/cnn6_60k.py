@@ -54,6 +54,8 @@ class Cnn6(nn.Module):
     default_frontend = ("sp4asc_mel", {})
     entry = "conv1.ch_conv1.weight"
 
+    input_norm = "bn0"  # behind which SpecAugment sets stripes to zero
+
     def __init__(self, config: Cnn6Config):
         super().__init__()
         self.config = config

@@ -17,7 +17,8 @@ from helpers.augment.gain import Gain, GainConfig
 from helpers.augment.pitch_shift import PitchShift, PitchShiftConfig, pitch_shift, resample
 from helpers.augment.share_mask import ShareMask
 from helpers.augment.spec_mask import SpecMask
-from helpers.augment.spec_stripes import SpecStripes, SpecStripesConfig, covered, random_stripes
+from helpers.augment.spec_stripes import SpecStripes, SpecStripesConfig
+from helpers.augment.stripes import covered, random_stripes
 from helpers.augment.time_roll import TimeRoll
 from helpers.losses import kd_loss
 from models import get_frontend, get_model

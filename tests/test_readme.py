@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 # Run by whoever runs the tests, or by a test of their own.
 ELSEWHERE = {"python3 -m venv", ".venv/bin/python -m pip", ".venv/bin/ruff check", "make test", "make pipeline"}
 RUN = {
+    "run_evaluation": "student",
     "run_training": "student",
     "run_qat": "student",
     "run_device_training": "student",
@@ -47,6 +48,8 @@ SMALLER = {
     "run_export": ["--latency_rounds", "0", "--n_clips", "8", "--clips", "tau/audio", "--precision", "fp32",
                    "--inputs", "waveform"],
     "run_teacher_logits": ["--dataset", "tau22", "--dataset_dir", "tau", "--cache_path", "cache", "--batch_size", "8"],
+    "run_evaluation": ["--dataset_dir", "tau", "--cache_path", "cache", "--mel_width", "9", "--time_width", "9",
+                       "--n_rounds", "9"],
     "run_teacher_validation": ["--logger", "none", "--dataset_dir", "tau", "--cache_path", "cache"],
 }  # fmt: skip
 
@@ -98,7 +101,7 @@ def here(project, tmp_path, monkeypatch) -> Path:
 
 def run(script: str, options: list[str]) -> None:
     """Runs one command in this process, made small."""
-    ids = iter([RUN[script]] if script in RUN else ["resnet", "passt"])
+    ids = iter([RUN[script], "resnet"] if script in RUN else ["resnet", "passt"])
     options = [re.sub("<id>", lambda _: next(ids), word) for word in options]
     options = [word.replace("DCASE23_Task1/resnet", "DCASE23_Task1/student") for word in options]
     options = [word.replace("passt_", "cpr_128k_") if word in TEACHERS else word for word in options]

@@ -49,10 +49,12 @@ def here(tau, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def expected(checkpoint: str, rows: np.ndarray, shifts=(0,), log_probabilities: bool = False) -> torch.Tensor:
+def expected(
+    checkpoint: str, rows: np.ndarray, shifts=(0,), log_probabilities: bool = False, root: str = "tau"
+) -> torch.Tensor:
     """Clip by clip, from the store to the mean over shifted copies, float64."""
     loaded = load_model(checkpoint)
-    meta = read_meta("tau")
+    meta = read_meta(root)
     store = open_store(meta, loaded.frontend.config.sample_rate, "cache", progress=False)
     waveform = torch.from_numpy(store.read(store.rows(meta.files[rows])).astype(np.float32)) / FULL_SCALE
     with torch.no_grad():

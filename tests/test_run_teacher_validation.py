@@ -11,6 +11,7 @@ from datasets.tau import SCENES
 from datasets.tau import test_rows as rows_for_test
 from helpers import teachers
 from helpers.checkpoints.checkpoint import CheckpointError, describe, save_checkpoint
+from helpers.evaluate import systems
 from models import FRONTENDS, MODELS, get_frontend, get_model
 from tests.golden_inputs import fill_state
 from tests.processes import together
@@ -110,7 +111,7 @@ def test_what_cannot_be_scored_is_told_before_any_scoring(here, monkeypatch, opt
     save(here / "other.pt", get_model("cp_resnet", n_classes=2), get_frontend("cp_mel"), "ab")
     long = get_frontend("cp_mel", **(MEL | {"n_fft": 16384}))
     save(here / "long.pt", get_model("cp_resnet", base_channels=8, cut_channels_s3=8), long)
-    monkeypatch.setattr(run_teacher_validation, "predict", lambda *_: pytest.fail("scored too early"))
+    monkeypatch.setattr(systems, "predict", lambda *_: pytest.fail("scored too early"))
     with pytest.raises(CheckpointError, match=message):
         run_teacher_validation.main([*OPTIONS, *options])
     assert [path.name for path in Path("proj").iterdir()] == ["resnet"]
@@ -120,14 +121,14 @@ def test_several_processes_share_the_clips_and_write_one_run(here, monkeypatch, 
     arguments = [*OPTIONS, "--checkpoint", "resnet", "beats.pt"]
     alone = run_teacher_validation.main(arguments)
     capsys.readouterr()
-    scored, predict = [], run_teacher_validation.predict
+    scored, predict = [], systems.predict
 
     def counting(model, frontend, clips, *rest):
         processes = rest[-1].processes
         scored.append(processes.count(len(clips)))
         return predict(model, frontend, clips, *rest)
 
-    monkeypatch.setattr(run_teacher_validation, "predict", counting)
+    monkeypatch.setattr(systems, "predict", counting)
     for metrics in together(2, run_teacher_validation, [*arguments, "--project_name", "proj"], monkeypatch):
         assert metrics == pytest.approx(alone, abs=1e-5)
     assert sorted(scored) == [22, 22, 23, 23]  # two teachers

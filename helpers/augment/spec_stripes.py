@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
-from torch import Tensor
 
 from datasets.waveforms import Batch
 from helpers.augment.augmentation import Augmentation, Setting
+from helpers.augment.stripes import random_stripes
 from models.bounds import Bounds, check_numbers
 
 
@@ -60,16 +60,3 @@ class SpecStripes(Augmentation):
         on = torch.rand(len(x), 1, 1, 1, device=x.device) < config.stripes_p
         masked = on & (mel[:, None, :, None] | time[:, None, None, :])
         return replace(batch, log_mel=torch.where(masked, x.mean(dim=(0, 3), keepdim=True), x))
-
-
-def random_stripes(n_clips: int, n_stripes: int, width: int, size: int, device: torch.device) -> Tensor:
-    """Draws stripes; True where one covers, (clip, cell)."""
-    draws = torch.rand(2, n_clips, n_stripes, 1, device=device)
-    widths = (draws[0] * width).floor()
-    return covered((draws[1] * (size - widths)).floor(), widths, size)
-
-
-def covered(start: Tensor, width: Tensor, size: int) -> Tensor:
-    """Cells (clip, cell) that stripes (clip, stripe, 1) cover."""
-    cell = torch.arange(size, device=start.device)
-    return ((cell >= start) & (cell < start + width)).any(dim=1)

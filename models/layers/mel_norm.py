@@ -4,6 +4,8 @@ The spectrogram is float on the target, and what a convolution would take into i
 per band: so this stays float there, two parameters per band.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,15 @@ class MelNorm(nn.BatchNorm1d):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(by_band(x)).unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
+
+    def folded(self) -> "MelNorm":
+        """A copy whose weight and bias are all there is, one gain and one shift for each band."""
+        folded = copy.deepcopy(self).eval()
+        gain = self.weight / (self.running_var + self.eps).sqrt()
+        folded.weight, folded.bias = nn.Parameter(gain), nn.Parameter(self.bias - gain * self.running_mean)
+        nn.init.zeros_(folded.running_mean), nn.init.ones_(folded.running_var)
+        folded.eps = 0.0
+        return folded
 
 
 class FakeMelNorm(FakeLayer):
