@@ -17,7 +17,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from torch import Tensor
 from datasets.files import ContentError, check_content
 from datasets.tau import DataError, Meta, read_table
 from datasets.torch_file import read_torch_file
+
+if TYPE_CHECKING:
+    import pandas
 
 log = logging.getLogger(__name__)
 
@@ -52,26 +55,39 @@ def read_logits_file(path: Path) -> Any:
         OSError: when it is missing or cannot be read.
         ContentError: when it is neither a table nor a file of `torch.save`.
     """
-    if path.is_file():
-        with path.open("rb") as file:
-            if re.match(rb'(\xef\xbb\xbf)?"?filename"?[\t,;]', file.read(20)):
-                return _table(path)
+    if path.is_file() and begins_as_table(path):
+        return _table(path)
     return read_torch_file(path)
 
 
-def _table(path: Path) -> dict[str, Any]:
+def begins_as_table(path: Path) -> bool:
+    """Whether a file begins as a table of scores does."""
+    with path.open("rb") as file:
+        return re.match(rb'(\xef\xbb\xbf)?"?filename"?[\t,;]', file.read(20)) is not None
+
+
+def read_score_table(path: Path) -> tuple["pandas.DataFrame", list[str], np.ndarray]:
+    """A table that is parted by tabs, commas or semicolons, its scenes, and its scores (clip, class) float64.
+
+    Raises:
+        ContentError: for bytes that are no text, rows of unequal length, or scores that are no numbers.
+    """
     import pandas  # slow to import, and not needed for --help
 
     try:
         table = pandas.read_csv(path, sep=None, engine="python", encoding="utf-8-sig", skipinitialspace=True)
-    except (ValueError, pandas.errors.ParserError) as error:  # of bytes that are no text, of rows of unequal length
+    except (ValueError, pandas.errors.ParserError) as error:
         raise ContentError(f"is no table that can be read ({error})") from error
     table.columns = [str(column).strip() for column in table.columns]
     scenes = [column for column in table.columns if column not in TABLE_COLUMNS]
     try:
-        values = table[scenes].to_numpy(dtype=np.float64)
+        return table, scenes, table[scenes].to_numpy(dtype=np.float64)
     except (ValueError, TypeError) as error:
         raise ContentError(f"holds scores that are no numbers ({error})") from error
+
+
+def _table(path: Path) -> dict[str, Any]:
+    table, scenes, values = read_score_table(path)
     if len(values) and (values >= 0).all() and (np.abs(values.sum(axis=1) - 1) < 0.01 * len(scenes)).all():
         values = np.log(np.maximum(values, MIN_PROBABILITY))  # log-probabilities are logits
     files = [str(file).strip() for file in table.filename]
