@@ -212,7 +212,7 @@ def score_all(
         logger.write(0, metrics)
         if machine.processes.is_main:
             for name, logits in answers.items():
-                write_predictions(logger.dir / f"{name}.csv", part.test.files, logits.softmax(dim=1), part.meta.scenes)
+                write_predictions(logger.dir / f"{name}.csv", part.test.files, logits, part.meta.scenes)
                 print(f"{metric_tables(metrics, f'{name}/test')}\n")
             print(summary(metrics, list(answers)))
             if args.n_rounds:
@@ -236,7 +236,7 @@ def answer_evaluation_set(args: argparse.Namespace, root: Path, systems: list[Sy
             for name, logits in system.answers(UnlabelledClips(clips, store), machine).items():
                 if machine.processes.is_main:
                     path = logger.dir / f"{name}.csv"
-                    write_predictions(path, clips.files, logits.softmax(dim=1), system.scenes)
+                    write_predictions(path, clips.files, logits, system.scenes)
                     print(f"{len(clips):,} answers are in {path}")
     return 0
 

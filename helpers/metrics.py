@@ -126,23 +126,3 @@ def score(clips: Clips, logits: Tensor, groups: Mapping[str, Sequence[str]]) -> 
     counts = {f"count/{name}".removesuffix("/"): int(mask.sum()) for name, mask in judged.groups.items()}
     first = ["acc", "macro_avg_acc", "loss"]
     return {key: scores[key] for key in first} | {"count": counts["count"]} | scores | counts
-
-
-def class_by_device(clips: Clips, logits: Tensor) -> np.ndarray:
-    """Accuracy (class, device) of logits (clip, class); NaN where a class has no clips on a device.
-
-    Rows and columns are those of `clips.meta.scenes` and `clips.meta.recording_devices`.
-    """
-    scene, device = clips.scene.cpu().numpy(), clips.recording_device.cpu().numpy()
-    shape = len(clips.meta.scenes), len(clips.meta.recording_devices)
-    cell = scene * shape[1] + device
-    n_clips = np.bincount(cell, minlength=shape[0] * shape[1])
-    n_right = np.bincount(cell, logits.argmax(dim=1).numpy() == scene, minlength=len(n_clips))
-    return np.divide(n_right, n_clips, where=n_clips > 0, out=np.full(len(n_clips), np.nan)).reshape(shape)
-
-
-def confusion(clips: Clips, logits: Tensor) -> np.ndarray:
-    """Clips by true and answered class, (class, class) int64."""
-    n = len(clips.meta.scenes)
-    pairs = clips.scene.cpu().numpy() * n + logits.argmax(dim=1).numpy()
-    return np.bincount(pairs, minlength=n * n).reshape(n, n)

@@ -9,6 +9,7 @@ Files are read in four forms:
 Unlike teacher logits, which only have to hold the training part, these have to be exactly the clips that are scored.
 """
 
+import csv
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.files import ContentError, check_content
+from datasets.files import ContentError, check_content, replacing
 from datasets.tau import SCENES, TEST_LIST, DataError, Evaluation, Meta, read_table, test_rows
 from datasets.teacher_logits import OWN_FORM, begins_as_table, read_score_table
 from datasets.torch_file import read_torch_file
@@ -104,6 +105,27 @@ class Predictions:
         rows = [row_of[file] for file in other.files]
         columns = [self.scenes.index(scene) for scene in other.scenes]
         return replace(other, logits=self.logits[rows][:, columns])
+
+
+def is_predictions(path: Path) -> bool:
+    """Whether a file is one of answers, not of weights."""
+    if path.suffix in (".csv", ".tsv", ".txt", ".npy"):
+        return True
+    try:
+        content = read_torch_file(path)
+    except (ContentError, OSError):
+        return False
+    return isinstance(content, Tensor) or (isinstance(content, Mapping) and content.keys() >= OWN_FORM.keys())
+
+
+def write_predictions(path: Path, files: Sequence[str], logits: Tensor, scenes: Sequence[str]) -> None:
+    """Writes logits (clip, class) as the challenge's table of probabilities: a row each, separated by tabs."""
+    probabilities = logits.double().softmax(dim=1)
+    with replacing(path) as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(["filename", "scene_label", *scenes])
+        for name, row, i in zip(files, probabilities.tolist(), logits.argmax(dim=1).tolist(), strict=True):
+            writer.writerow([name, scenes[i], *(f"{value:.8g}" for value in row)])
 
 
 def predictions_of(clips: Clips, logits: Tensor) -> Predictions:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from datasets.tau import DataError, Meta, test_rows
+from datasets.tau import DataError, Meta
 from datasets.waveforms import Clips
 from helpers.checkpoints.checkpoint import CheckpointError, LoadedModel, check_scenes
 from helpers.evaluate.predictions import Predictions, is_predictions, read_predictions
@@ -214,16 +214,16 @@ class PredictionsSystem:
 
     def __init__(self, path: Path):
         self.name, self.path = path.stem, path
-        self.predictions: Predictions = read_predictions(path)
+        self.predictions: Predictions | None = None
 
     def check(self, meta: Meta) -> None:
-        self.predictions.of(meta.files[test_rows(meta)], meta.scenes)
+        self.predictions = read_predictions(self.path, meta)
 
     def prove(self, n_samples: int) -> None:
         """It hears nothing."""
 
     def answers(self, clips: Clips, machine: Machine) -> dict[str, Tensor]:
-        return {self.name: self.predictions.of(clips.files, clips.meta.scenes).float()}
+        return {self.name: self.predictions.logits.float()}
 
     def open(self, machine: Machine) -> tuple[nn.Module, nn.Module]:
         raise DataError(f"{self.path} holds answers, not a network: it can be scored on the clips that it is about")
