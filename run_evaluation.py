@@ -38,9 +38,10 @@ from helpers import cli
 from helpers.checkpoints.stated import add_stated_options, believe_of_teachers
 from helpers.data import DataConfig, dataset_root
 from helpers.evaluate.listener import UNKNOWN, Answer, Listener, clock, described, right_ones, write_answers
+from helpers.evaluate.pages import write_page_of
 from helpers.evaluate.predictions import write_predictions
 from helpers.evaluate.recordings import PCM, find_recordings, read_pcm, read_recording
-from helpers.evaluate.scoring import ENSEMBLES, answers_of, comparisons, load_for, scores_of, summary
+from helpers.evaluate.scoring import ENSEMBLES, answers_of, compare, comparisons, load_for, scores_of, summary
 from helpers.evaluate.systems import System, Treatment, TreatmentConfig, find_systems
 from helpers.evaluate.test_time import TestTimeConfig
 from helpers.machine import Machine, open_machine
@@ -108,6 +109,7 @@ def main(argv: list[str] | None = None) -> int | dict[str, float]:
         parser.error("--compare is for scores on a data set: leave the recordings away, or it")
     if not (args.recordings or args.dataset_dir or os.environ.get("TAU22_DIR") or args.dataset == "synthetic"):
         parser.error("name recordings to listen to, or a data set to score on: --dataset_dir, or --dataset synthetic")
+    args.argv = sys.argv[1:] if argv is None else argv
     with cli.option_errors(parser):
         config = cli.config_from(args, DataConfig)
         treatment = Treatment(
@@ -211,15 +213,18 @@ def score_all(
         metrics = scores_of(part, answers)
         logger.write(0, metrics)
         if machine.processes.is_main:
+            compared = compare(part, answers, args.n_rounds)
             for name, logits in answers.items():
                 write_predictions(logger.dir / f"{name}.csv", part.test.files, logits, part.meta.scenes)
                 print(f"{metric_tables(metrics, f'{name}/test')}\n")
             print(summary(metrics, list(answers)))
             if args.n_rounds:
-                print("\n".join(["", *comparisons(part, answers, args.n_rounds)]))
+                print("\n".join(["", *comparisons(compared, args.n_rounds)]))
             if args.dataset == "synthetic":
                 print(SYNTHETIC_NOTICE)
-            print(f"metrics and answers are in {logger.dir}")
+            note, command = SYNTHETIC_NOTICE if args.dataset == "synthetic" else "", ["run_evaluation.py", *args.argv]
+            page = write_page_of(logger.dir, part, systems, answers, compared, command, note)
+            print(f"metrics, answers and report are in {logger.dir}: {page}")
     return metrics
 
 

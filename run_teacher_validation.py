@@ -18,7 +18,8 @@ from datasets.synthetic import SYNTHETIC_NOTICE
 from helpers import cli
 from helpers.checkpoints.stated import add_stated_options, believe_of_teachers
 from helpers.data import DataConfig
-from helpers.evaluate.scoring import answers_of, comparisons, load_for, scores_of, summary
+from helpers.evaluate.pages import write_page_of
+from helpers.evaluate.scoring import answers_of, compare, comparisons, load_for, scores_of, summary
 from helpers.evaluate.systems import NetworkSystem, Treatment, TreatmentConfig
 from helpers.machine import open_machine
 from helpers.options import add_compute_options, add_data_options
@@ -75,16 +76,21 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         answers = answers_of(systems, data, machine)
         metrics = scores_of(part, answers)
         logger.write(0, metrics)
+        if machine.processes.is_main:
+            compared = compare(part, answers, args.n_rounds)
+            note = SYNTHETIC_NOTICE if args.dataset == "synthetic" else ""
+            command = ["run_teacher_validation.py", *(sys.argv[1:] if argv is None else argv)]
+            page = write_page_of(logger.dir, part, systems, answers, compared, command, note)
 
     if machine.processes.is_main:
         for name in answers:
             print(f"{metric_tables(metrics, f'{name}/test')}\n")
         print(summary(metrics, list(answers), "teacher"))
         if args.n_rounds:
-            print("\n".join(["", *comparisons(part, answers, args.n_rounds)]))
-        if args.dataset == "synthetic":
-            print(SYNTHETIC_NOTICE)
-        print(f"metrics are in {logger.dir}")
+            print("\n".join(["", *comparisons(compared, args.n_rounds)]))
+        if note:
+            print(note)
+        print(f"metrics are in {logger.dir}, the report is {page}")
     return metrics
 
 

@@ -45,8 +45,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def empty_plots(request, monkeypatch) -> None:
     """Reports with empty plots, whose drawing takes four fifths of a small run; not under the mark `plots`."""
     if request.node.get_closest_marker("plots") is None:
-        monkeypatch.setattr("helpers.report.report.write_curves", lambda *arguments: arguments[-1].touch())
-        monkeypatch.setattr("helpers.report.report.write_confusion_matrix", lambda *arguments: arguments[-1].touch())
+        for module in ("report", "sections"):
+            for name in ("write_curves", "write_confusion_matrix"):
+                monkeypatch.setattr(f"helpers.report.{module}.{name}", lambda *arguments: arguments[-1].touch())
+        for name in ("write_device_bars", "write_reliability"):
+            monkeypatch.setattr(f"helpers.report.figures.{name}", lambda *arguments: arguments[-1].touch())
 
 
 def write_nothing(*arguments: Any) -> Path:

@@ -78,7 +78,7 @@ def test_a_run_leaves_everything_it_promises(options, capsys):
     run = run_of()
     assert {path.name for path in run.iterdir()} == {
         ".lock", "options.json", "config.yaml", "metrics.jsonl", "checkpoints", "curves.png",
-        "confusion_matrix.png", "report.md",
+        "confusion_matrix.png", "report.md", "report.html", "devices.png", "reliability.png",
     }  # fmt: skip
     assert all((run / name).stat().st_size > 10_000 for name in ("curves.png", "confusion_matrix.png"))
     assert [line["epoch"] for line in lines(run)] == [0, 1]

@@ -149,7 +149,7 @@ def test_processes_share_the_clips(here, monkeypatch, capsys):
     alone = run_evaluation.main(arguments)
     for metrics in together(2, run_evaluation, arguments, monkeypatch):
         assert metrics == pytest.approx(alone, abs=1e-5)
-    assert capsys.readouterr().out.count("metrics and answers are in") == 2
+    assert capsys.readouterr().out.count("metrics, answers and report are in") == 2
 
 
 @pytest.fixture

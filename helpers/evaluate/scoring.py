@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -11,7 +12,7 @@ from datasets.tau import read_meta
 from helpers.data import Data, DataConfig, dataset_root, load_data, load_labels, place_on_device
 from helpers.evaluate.calibration import reliability
 from helpers.evaluate.systems import System
-from helpers.evaluate.uncertainty import differences, intervals, mcnemar
+from helpers.evaluate.uncertainty import Difference, Interval, differences, intervals, mcnemar
 from helpers.machine import Machine
 from helpers.metrics import score
 from helpers.report.text import align
@@ -90,19 +91,46 @@ def summary(metrics: Mapping[str, float], names: Sequence[str], title: str = "sy
     return "\n".join(align(rows))
 
 
-def comparisons(data: Data, answers: Mapping[str, Tensor], n_rounds: int) -> list[str]:
-    """Macro-average accuracies with their 95 % intervals, and what the others have more or less than the first."""
+@dataclass(frozen=True)
+class Compared:
+    """The macro-average accuracy of a system, and how it differs from the first one's."""
+
+    interval: Interval
+    difference: Difference | None = None
+    mcnemar: float | None = None  # p, for clips that are taken for independent
+
+
+def compare(data: Data, answers: Mapping[str, Tensor], n_rounds: int) -> dict[str, Compared]:
+    """Intervals of all systems and differences to the first; empty where the test part is a single recording.
+
+    Args:
+        n_rounds: draws of recordings; 0 is off.
+    """
     clips, key = data.test, "macro_avg_acc"
-    if len(set(clips.meta.recording[clips.rows])) < 2:
-        return ["the test part is a single recording, which tells nothing about how sure its scores are"]
-    lines = [f"macro %, 95 % interval of {n_rounds:,} draws of recordings; the difference to the first; McNemar's p"]
-    rows, first = [], next(iter(answers.values()))
+    if not n_rounds or len(set(clips.meta.recording[clips.rows])) < 2:
+        return {}
+    found: dict[str, Compared] = {}
+    first = next(iter(answers.values()))
     for name, logits in answers.items():
         one = intervals(clips, logits, data.groups, n_rounds)[key]
-        row = [name, f"{100 * one.value:.2f}", f"[{100 * one.low:.2f}, {100 * one.high:.2f}]"]
-        if logits is not first:
-            more = differences(clips, first, logits, data.groups, n_rounds)[key]
-            row += [f"{100 * more.value:+.2f}", f"[{100 * more.low:+.2f}, {100 * more.high:+.2f}]"]
-            row += [f"{mcnemar(clips, first, logits):.2g}"]
-        rows.append([*row, *[""] * (6 - len(row))])
+        if not found:
+            found[name] = Compared(one)
+            continue
+        more = differences(clips, first, logits, data.groups, n_rounds)[key]
+        found[name] = Compared(one, more, mcnemar(clips, first, logits))
+    return found
+
+
+def comparisons(compared: Mapping[str, Compared], n_rounds: int) -> list[str]:
+    """Lines for people of what `compare` gives."""
+    if not compared:
+        return ["the test part is a single recording, which tells nothing about how sure its scores are"]
+    lines = [f"macro %, 95 % interval of {n_rounds:,} draws of recordings; the difference to the first and its p; "
+             "McNemar's p"]  # fmt: skip
+    rows = []
+    for name, one in compared.items():
+        row = [name, f"{100 * one.interval.value:.2f}", one.interval.in_percent()]
+        if (more := one.difference) is not None:
+            row += [f"{100 * more.value:+.2f}", more.in_percent("+"), f"{more.p:.2g}", f"{one.mcnemar:.2g}"]
+        rows.append([*row, *[""] * (7 - len(row))])
     return [*lines, *(line.rstrip() for line in align(rows))]

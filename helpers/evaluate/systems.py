@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from datasets.tau import DataError, Meta
 from datasets.waveforms import Clips
 from helpers.checkpoints.checkpoint import CheckpointError, LoadedModel, check_scenes
+from helpers.complexity import Report, measure
 from helpers.evaluate.predictions import Predictions, is_predictions, read_predictions
 from helpers.evaluate.test_time import TestTimeAugmentation, TestTimeConfig
 from helpers.export import parity
 from helpers.export.executorch_program import load_program, read_metadata
 from helpers.loop import predict
 from helpers.machine import Machine
-from helpers.quantization import for_target
+from helpers.quantization import float_network, for_target
+from helpers.report.report import read_history
 from helpers.teachers import TeacherSource, find_teacher, unique_names
 from models import FRONTENDS
 from models.device_models import DeviceModels
@@ -55,6 +57,23 @@ class Treatment:
     seed: int = 0  # of random copies
 
 
+@dataclass(frozen=True)
+class About:
+    """What is known of a system.
+
+    Args:
+        options: of the run that trained it.
+        cost: of its network, and the precision that its parameters are run at.
+        history: metrics by epoch, as `read_history` gives them.
+        frontend: what it sees of a waveform.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    cost: tuple[Report, str] | None = None
+    history: Sequence[Mapping[str, float]] = ()
+    frontend: nn.Module | None = None
+
+
 class System(Protocol):
     """Something that answers for clips.
 
@@ -76,6 +95,9 @@ class System(Protocol):
 
     def answers(self, clips: Clips, machine: Machine) -> dict[str, Tensor]:
         """Logits (clip, class) by name; a file with networks for single devices has two answers."""
+
+    def about(self) -> About:
+        """What a report says of it beside its scores."""
 
     def open(self, machine: Machine) -> tuple[nn.Module, nn.Module]:
         """What gives logits (batch, class) for spectrograms, and spectrograms for waveforms (batch, sample).
@@ -118,6 +140,21 @@ class NetworkSystem:
             with drawn(self.treatment.seed):
                 found[name] = predict(*self._ready(network, loaded, machine), clips, machine)
         return found
+
+    def about(self) -> About:
+        loaded = self.source.load()
+        network = float_network(loaded.model) if loaded.precision == "int8" else loaded.model.float()
+        frontend = loaded.frontend.cpu().eval()
+        with torch.inference_mode():
+            shape = frontend(torch.zeros(1, self.n_samples)).shape[1:]
+        precision = self.treatment.config.precision
+        precision = {"stored": loaded.precision, "fp16_weights": "fp16"}.get(precision, precision)
+        metrics = self.path.parent.parent / "metrics.jsonl"
+        is_run = self.path.parent.name == "checkpoints" and metrics.is_file()
+        return About(
+            loaded.content.get("options", {}), (measure(network, tuple(shape)), precision),
+            read_history(metrics) if is_run else (), frontend,
+        )  # fmt: skip
 
     def open(self, machine: Machine) -> tuple[nn.Module, nn.Module]:
         loaded = self.source.load()
@@ -186,6 +223,9 @@ class ArtifactSystem:
         on_cpu = Machine(torch.device("cpu"), machine.batch_size, machine.n_ahead, processes=machine.processes)
         return {self.name: predict(*self.open(on_cpu), clips, on_cpu)}
 
+    def about(self) -> About:
+        return About()
+
     def open(self, machine: Machine) -> tuple[nn.Module, nn.Module]:
         if machine.device.type != "cpu":
             raise DataError(f"{self.path} runs on the CPU: use --torch_device cpu")
@@ -224,6 +264,9 @@ class PredictionsSystem:
 
     def answers(self, clips: Clips, machine: Machine) -> dict[str, Tensor]:
         return {self.name: self.predictions.logits.float()}
+
+    def about(self) -> About:
+        return About()
 
     def open(self, machine: Machine) -> tuple[nn.Module, nn.Module]:
         raise DataError(f"{self.path} holds answers, not a network: it can be scored on the clips that it is about")

@@ -32,6 +32,10 @@ class Interval:
     low: float
     high: float
 
+    def in_percent(self, sign: str = "") -> str:
+        """Both ends, in percent; `sign` is + for differences."""
+        return f"{100 * self.low:{sign}.2f} .. {100 * self.high:{sign}.2f}"
+
 
 @dataclass(frozen=True)
 class Difference(Interval):

@@ -237,6 +237,7 @@ def write_report(
     names: Sequence[str],
     split: str = "test",
     note: str = "",
+    draw: bool = True,
 ) -> Path:
     """Writes curves.png, confusion_matrix.png and report.md into a run folder with metrics.jsonl; returns the last.
 
@@ -245,6 +246,7 @@ def write_report(
         targets: true class numbers (clip,).
         names: class names by number.
         note: what a reader must know before the numbers, such as that the data are generated.
+        draw: False where the figures are there already.
 
     Raises:
         OSError: if metrics.jsonl cannot be read or the disk is full.
@@ -255,8 +257,9 @@ def write_report(
     scored = [row for row in history if f"{split}/acc" in row]
     if not scored:
         raise DataError(f"{run_dir / 'metrics.jsonl'} holds no {split} metrics")
-    write_curves(history, run_dir / "curves.png")
-    write_confusion_matrix(predictions, targets, names, run_dir / "confusion_matrix.png")
+    if draw:
+        write_curves(history, run_dir / "curves.png")
+        write_confusion_matrix(predictions, targets, names, run_dir / "confusion_matrix.png")
 
     metrics = scored[-1]
     hours = sum(row.get("train/seconds", 0.0) for row in history) / 3600
@@ -269,6 +272,7 @@ def write_report(
         "[metrics.jsonl](metrics.jsonl).",
         f"**{_summary(metrics, split)}**",
         *map(_markdown_table, _tables(metrics, split)),
+        *(["More is in [report.html](report.html)."] if (run_dir / "report.html").is_file() else []),
         "![Loss, learning rate and accuracy over the epochs](curves.png)",
         "![Confusion matrix](confusion_matrix.png)",
     ]

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from datasets.files import locked
@@ -23,12 +24,17 @@ from helpers.checkpoints.checkpoint import (
     save_checkpoint,
     training_state,
 )
+from helpers.complexity import measure
 from helpers.data import changed_data
 from helpers.distributed import Processes, keep, recall
 from helpers.errors import StoppedError
+from helpers.evaluate.scoring import compare
 from helpers.loop import Epoch, StopSignal, Update
+from helpers.quantization import float_network
 from helpers.recipes import keep_recipe
-from helpers.report.report import epoch_line, metric_tables, write_report
+from helpers.report.page import write_page
+from helpers.report.report import epoch_line, metric_tables, read_history, write_report
+from helpers.report.sections import Entry
 from helpers.runs.logger import RunLogger, has_results, new_id
 from helpers.runs.options import REMEDIES, resume_command
 
@@ -227,7 +233,30 @@ class Run:
         if not self.update.machine.processes.is_main:
             return
         test, note = self.subject.data.test, SYNTHETIC_NOTICE if self.args.dataset == "synthetic" else ""
+        self._write_page(logits, note)
         write_report(
-            self.logger.dir, logits.argmax(dim=1).numpy(), test.scene.cpu().numpy(), test.meta.scenes, note=note
-        )
+            self.logger.dir, logits.argmax(dim=1).numpy(), test.scene.cpu().numpy(), test.meta.scenes, note=note,
+            draw=False,
+        )  # fmt: skip
         print(metric_tables(metrics))
+
+    def _write_page(self, logits: Tensor, note: str) -> None:
+        """Writes report.html about the last epoch."""
+        subject, n_rounds = self.subject, 2000  # enough for a look; run_evaluation.py draws more
+        precision = subject.more.get("precision", "fp32")
+        network = float_network(subject.model) if precision == "int8" else subject.model
+        frontend = subject.frontend.eval()
+        device = next(network.parameters()).device
+
+        def log_mel(waveform: Tensor) -> Tensor:
+            with torch.inference_mode():
+                return frontend(waveform.to(device)).cpu()
+
+        shape = log_mel(torch.zeros(1, subject.data.store.n_samples)).shape[1:]
+        history = read_history(self.logger.dir / "metrics.jsonl")
+        entry = Entry(logits, vars(self.args), (measure(network, tuple(shape)), precision), history)
+        compared = compare(subject.data, {self.id: logits}, n_rounds)
+        write_page(
+            self.logger.dir, subject.data, {self.id: entry}, f"Run {self.id}", compared=compared, log_mel=log_mel,
+            note=note,
+        )  # fmt: skip
