@@ -155,7 +155,8 @@ def test_a_run_leaves_everything_it_promises(here, monkeypatch, capsys, teacher,
     printed = capsys.readouterr().out
     run = here / "DCASE23_Task1/new"
     assert {path.name for path in run.iterdir()} == {
-        ".lock", "options.json", "metrics.jsonl", "checkpoints", "curves.png", "confusion_matrix.png", "report.md", "report.html", "devices.png", "reliability.png",
+        ".lock", "options.json", "metrics.jsonl", "checkpoints", "curves.png", "confusion_matrix.png",
+        "report.md", "report.html", "devices.png", "reliability.png",
         "config.yaml",
     }  # fmt: skip
     options = json.loads((run / "options.json").read_text())
