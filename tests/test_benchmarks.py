@@ -30,6 +30,7 @@ SMALLEST = {
     ],
     "crops": ["--n_clips", "64", "--batch_size", "8", "--sample_rate", "800", "--rounds", "1"],
     "kaldi_fbank": ["--batch_size", "2", "--rounds", "1"],
+    "evaluation": ["--n_clips", "4", "--n_answers", "200", "--n_rounds", "5", "--rounds", "1"],
     "intervals": ["--n_clips", "200", "--n_rounds", "5"],
     "students": ["--batch_size", "2", "--rounds", "1"],
     "passt_step": ["--batch_size", "1", "--depth", "1", "--rounds", "1"],
