@@ -38,6 +38,13 @@ RUN = {
     "run_device_training": "student",
 }  # what <id> stands for; for the teachers' scripts: resnet, passt
 STUDENT = [*SMALL["cp_resnet"][len(DATA) + 2 : -2], "--dataset", "tau22"]
+NO_DIR = [word for word in DATA if word not in ("--dir_prob", "0")]
+SMALL_MEL = ["--window_size", "256", "--hop_size", "125", "--n_fft", "512", "--n_mels", "64"]
+SMALL_RECIPES = {
+    "beats_ssl_star": NO_DIR,
+    "dcase25_baseline": [*NO_DIR, *SMALL_MEL, "--subset", "100", "--base_channels", "8", "--freqm", "8", "--roll",
+                         "400"],
+}  # fmt: skip
 PREVIEW = ["--dataset", "tau22", "--dataset_dir", "tau", "--cache_path", "cache"]
 SMALLER = {
     "run_training": [*DATA, *STUDENT],
@@ -56,7 +63,8 @@ SMALLER = {
 
 def blocks(language: str) -> list[str]:
     text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))))
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    return [content for name, content in fenced if name == language]
 
 
 def commands(block: str) -> list[list[str]]:
@@ -118,10 +126,13 @@ def run(script: str, options: list[str]) -> None:
     if script == "run_training" and "--config" in options:
         name = Path(options[options.index("--config") + 1]).stem
         options = [str(ROOT / word) if word.startswith("recipes/") else word for word in options]
-        no_dir = [word for word in DATA if word not in ("--dir_prob", "0")]
-        smaller = no_dir if name == "beats_ssl_star" else SMALL[name]
+        smaller = SMALL_RECIPES.get(name) or SMALL[name]
         smaller = [word for i, word in enumerate(smaller) if "--config" not in smaller[max(0, i - 1) : i + 1]]
         smaller += ["--dataset", "tau22"]
+    if script == "run_training" and "--model" in options:
+        smaller = [*NO_DIR, *SMALL_MEL, "--dataset", "tau22", "--base_channels", "8", "--roll", "400"]
+    if "--val_fraction" in options:
+        smaller = [*smaller, "--val_fraction", "0.4"]
     if "--resume" in options:
         smaller = ["--n_epochs", "2"]
     result = importlib.import_module(script).main([*options, *smaller])

@@ -1,6 +1,6 @@
-"""The table of recipes in recipes/README.md, and the sizes that each recipe states, are made from the recipes.
+"""Tables of recipes and published weights in README.md, recipes/ and docs/, and recipes' sizes, are made from data.
 
-python -m tests.test_recipe_table      writes both anew
+python -m tests.test_recipe_table      writes all of it anew
 """
 
 import csv
@@ -14,13 +14,22 @@ import run_training
 from helpers import parts
 from helpers.complexity import measure_second
 from helpers.recipes import parse, read_recipe
-from models import MODELS
+from models import MODELS, default_frontend
+from models.published import PUBLISHED
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "recipes/README.md"
 RESULTS = ROOT / "benchmarks/results/recipes.csv"
+README, WEIGHTS = ROOT / "README.md", ROOT / "docs/weights.md"
+WEIGHTS_HEAD = """# Published weights
+
+Every script that takes a checkpoint takes these names: the file is fetched from its authors, once, compared with its
+SHA-256, and loaded strictly. `cpjku2023` stands for `c0a7nzin`. Accuracies are as their authors state them; where a
+repository has no licence, use is to be settled with its authors. A name with a device at its end (`_s1`) is the network
+for that recording device, of a file that holds several.
+"""
 SIZES: dict[str, str] = {}
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 HEAD = """# Recipes
@@ -85,6 +94,48 @@ def table() -> str:
     return HEAD + "".join(row(path, header(path)) for path in RECIPES)
 
 
+def systems() -> str:
+    """The table in README.md, of recipes that say what they are about."""
+    lines = ["| recipe | network | parameters | million MACs | published accuracy (%) |", "|---|---|---|---|---|"]
+    for path in RECIPES:
+        stated = header(path)
+        words = re.findall(r"[\d,.]*\d", stated["Size"])
+        if len(words) == 2:
+            cells = [
+                f"[{path.stem}](recipes/{path.name})",
+                read_recipe(path)["model"],
+                *words,
+                stated.get("Published", ""),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def weights() -> str:
+    """docs/weights.md."""
+    lines = [WEIGHTS_HEAD, "| name | network | front end | published accuracy | licence |", "|---|---|---|---|---|"]
+    for name, one in PUBLISHED.items():
+        frontend = (one.frontend or default_frontend(one.architecture))[0]
+        cells = [f"[{name}]({one.url})", one.architecture, frontend, one.accuracy, one.licence or "none stated"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_systems(text: str) -> str:
+    """README.md with the table in its place."""
+    before, rest = text.split("<!-- systems -->\n")
+    return f"{before}<!-- systems -->\n{systems()}\n<!-- end of systems -->{rest.split('<!-- end of systems -->')[1]}"
+
+
+def test_the_readmes_table_is_that_of_the_recipes():
+    text = README.read_text(encoding="utf-8")
+    assert text == with_systems(text), "python -m tests.test_recipe_table writes it"
+
+
+def test_the_table_of_weights_is_that_of_the_published_networks():
+    assert WEIGHTS.read_text(encoding="utf-8") == weights(), "python -m tests.test_recipe_table writes it"
+
+
 def test_the_table_is_that_of_the_recipes():
     assert TABLE.read_text(encoding="utf-8") == table(), "python -m tests.test_recipe_table writes it"
 
@@ -104,3 +155,5 @@ if __name__ == "__main__":
         at = next(i for i, line in enumerate(lines) if not line.startswith("#"))
         one.write_text("\n".join([*lines[:at], f"# Size: {size(one)}", *lines[at:], ""]), encoding="utf-8")
     TABLE.write_text(table(), encoding="utf-8")
+    WEIGHTS.write_text(weights(), encoding="utf-8")
+    README.write_text(with_systems(README.read_text(encoding="utf-8")), encoding="utf-8")
