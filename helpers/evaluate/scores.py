@@ -50,11 +50,6 @@ def accuracy_by(
     return {name: found.get(name, absent) for name in wanted if name in found or absent is not None}
 
 
-def confusion_matrix(answers: np.ndarray, targets: np.ndarray, n_classes: int) -> np.ndarray:
-    """Clips (true class, answer) int64, of class numbers (clip,)."""
-    return np.bincount(targets * n_classes + answers, minlength=n_classes**2).reshape(n_classes, n_classes)
-
-
 @dataclass(frozen=True)
 class ClassDeviceTable:
     """Accuracies by scene and recording device.

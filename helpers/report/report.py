@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from datasets.tau import DataError
-from helpers.evaluate.scores import confusion_matrix
+from helpers.evaluate.confusions import confusion_matrix
 from helpers.report.text import align
 
 log = logging.getLogger(__name__)
