@@ -12,7 +12,8 @@ from sklearn.metrics import log_loss
 
 from datasets.tau import CITIES, DEVICE_GROUPS, RECORDING_DEVICES, SCENES
 from helpers.evaluate.calibration import reliability
-from helpers.evaluate.scores import accuracy_by, class_device_table, confusion_matrix, details
+from helpers.evaluate.confusions import confusion_matrix
+from helpers.evaluate.scores import accuracy_by, class_device_table, details
 from helpers.metrics import judge, score
 from tests.test_metrics import clips_of
 

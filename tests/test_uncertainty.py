@@ -8,7 +8,8 @@ import torch
 from scipy.stats import binomtest
 
 from helpers.evaluate.calibration import reliability
-from helpers.evaluate.scores import class_device_table, confusion_matrix
+from helpers.evaluate.confusions import confusion_matrix
+from helpers.evaluate.scores import class_device_table
 from helpers.evaluate.uncertainty import differences, intervals, mcnemar
 from helpers.metrics import score
 
