@@ -16,6 +16,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from datasets.audio import RESAMPLERS, SOXR, Sampling
 from datasets.cache import open_store
 from datasets.cochlscene import convert_cochlscene
 from datasets.doctor import check
@@ -23,7 +24,7 @@ from datasets.known import DATASETS
 from datasets.segments import cut_data_set
 from datasets.tau import read_clips
 from helpers import cli, parts
-from helpers.data import DataConfig, dataset_root, load_data, load_teacher
+from helpers.data import DataConfig, dataset_root, load_data, load_teacher, sampling_of
 from helpers.fetch.zenodo import ZENODO_API, download_record
 from helpers.options import add_training_data_options, add_training_options
 from helpers.parts import STUDENT, Parts
@@ -67,6 +68,8 @@ def make_parser(chosen: Parts = STUDENT) -> cli.Parser:
     cache = commands.add_parser("cache", help="build the waveform store ahead of training")
     cache.add_argument("--cache_path", default=DataConfig.cache_path, help="folder of the waveform stores")
     cache.add_argument("--resample_rate", type=cli.number(int, 1), default=32000, help="sampling rate in Hz")
+    cache.add_argument("--resampler", choices=[*RESAMPLERS], default=SOXR,
+                       help="librosa's filter, or torchaudio's; a front end wants that of its authors")  # fmt: skip
     for command in (doctor, cache):
         command.add_argument("--dataset", choices=["tau22", "synthetic"], default="tau22", help="as in run_training.py")
         command.add_argument("--dataset_dir", help="folder of meta.csv; without it the variable TAU22_DIR")
@@ -110,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     root = dataset_root(DataConfig(dataset=args.dataset, dataset_dir=args.dataset_dir))
     if args.command == "cache":
-        store = open_store(read_clips(root), args.resample_rate, args.cache_path)
+        store = open_store(read_clips(root), Sampling(args.resample_rate, args.resampler), args.cache_path)
         print(f"{len(store.waveforms):,} clips at {store.sample_rate} Hz are in {store.folder}")
         return 0
     counts, findings = check(root, quick=args.quick)
@@ -150,7 +153,7 @@ def preview(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         parts.check_configs(args)
     if args.teacher_logits is None:  # which may be those of a subset; else its list need not be fetched
         data_config = replace(data_config, subset=100)
-    data = load_data(data_config, frontend.sample_rate, args.seed, args.cropped, args.crop_shift)
+    data = load_data(data_config, sampling_of(frontend), args.seed, args.cropped, args.crop_shift)
     index = pick_clips(data.train, args.clip, args.seed)
     load_teacher(data, args.teacher_logits, loss_fn, args.given)
     with cli.option_errors(parser):

@@ -32,7 +32,7 @@ from helpers import cli, parts
 from helpers.augment import chain_digests
 from helpers.checkpoints.checkpoint import Checkpoint, CheckpointError, Subject, check_scenes, load_model
 from helpers.checkpoints.stated import add_stated_options, believe
-from helpers.data import Data, DataConfig, data_digests, load_data, load_teacher, place_on_device
+from helpers.data import Data, DataConfig, data_digests, load_data, load_teacher, place_on_device, sampling_of
 from helpers.loop import Update, evaluate, train_one_epoch
 from helpers.machine import open_machine
 from helpers.options import (
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     machine = open_machine(parser, args)
     frontend, general = source.frontend.to(machine.device), machine.take(source.model)
     with machine.processes.main_first():
-        data = load_data(data_config, frontend.sample_rate, args.seed)
+        data = load_data(data_config, sampling_of(frontend), args.seed)
         check_scenes(path, source, data.meta, "take another checkpoint")
         load_teacher(data, args.teacher_logits, loss_fn, args.given)
         devices = chosen_devices(parser, args.devices, data)

@@ -137,11 +137,11 @@ def main(argv: list[str] | None = None) -> int | dict[str, float]:
 def open_listener(args: argparse.Namespace, system: System, machine: Machine) -> Listener:
     """The network ready to answer windows, proved on silence."""
     model, frontend = system.open(machine)
-    rate = system.sample_rate
+    rate = system.sampling.rate
     n_samples = system.n_samples if args.window is None else round(args.window * rate)
     hop = n_samples if args.hop is None else max(1, round(args.hop * rate))
     system.prove(n_samples)
-    return Listener(model, frontend, system.scenes, rate, n_samples, hop, args.unknown_below, machine.device)
+    return Listener(model, frontend, system.scenes, system.sampling, n_samples, hop, args.unknown_below, machine.device)
 
 
 def listen(args: argparse.Namespace, listener: Listener) -> int:
@@ -159,7 +159,7 @@ def listen(args: argparse.Namespace, listener: Listener) -> int:
     n_broken = 0
     for file, is_in_folder in files:
         try:
-            answers = list(listener.answers(read_recording(file, listener.sample_rate)))
+            answers = list(listener.answers(read_recording(file, listener.sampling)))
         except DataError as error:
             message = str(error) if str(file) in str(error) else f"{file} {error}"
             if not is_in_folder:
@@ -183,8 +183,7 @@ def follow(args: argparse.Namespace, listener: Listener) -> int:
     """Answers standard input, a line for each window as it comes; Ctrl-C ends it."""
     if args.output is not None:
         raise DataError("--output is for files; what is answered from standard input goes to standard output")
-    rate = listener.sample_rate
-    pieces = read_pcm(sys.stdin.buffer, args.pcm_format, args.pcm_rate, args.pcm_channels, rate)
+    pieces = read_pcm(sys.stdin.buffer, args.pcm_format, args.pcm_rate, args.pcm_channels, listener.sampling)
     try:
         for answer in listener.answers(pieces, batch=1):
             best = np.argsort(-answer.probabilities)[: args.top]
@@ -233,10 +232,10 @@ def answer_evaluation_set(args: argparse.Namespace, root: Path, systems: list[Sy
     clips = read_evaluation(root)
     with open_logger(machine.processes, args) as logger:
         for system in systems:
-            if system.sample_rate is None:
+            if system.sampling is None:
                 raise DataError(f"{system.path} holds answers already, and {root} has no labels to score them with")
             with machine.processes.main_first():
-                store = open_store(clips, system.sample_rate, args.cache_path)
+                store = open_store(clips, system.sampling, args.cache_path)
             system.prove(store.n_samples)
             for name, logits in system.answers(UnlabelledClips(clips, store), machine).items():
                 if machine.processes.is_main:

@@ -32,7 +32,7 @@ from helpers.export import parity
 from helpers.checkpoints.checkpoint import CheckpointError, LoadedModel, load_model
 from helpers.complexity import Report, enforce_limits, measure
 from helpers.complexity import table as complexity_table
-from helpers.data import DataConfig, load_data
+from helpers.data import DataConfig, load_data, sampling_of
 from helpers.export.files import activation_bytes, example_input, write_executorch, write_onnx
 from helpers.export.executorch_program import run_program
 from helpers.parts import STUDENT, Parts
@@ -215,7 +215,7 @@ def write_files(
 
 def parity_clips(args: argparse.Namespace, loaded: LoadedModel, n_samples: int) -> tuple[Tensor, list[str]]:
     """Clips (clip, sample) and their recording devices."""
-    rate = loaded.frontend.sample_rate
+    sampling = sampling_of(loaded.frontend)
     if args.clips:
         if not Path(args.clips).is_dir():
             raise DataError(f"--clips {args.clips} is no folder: name the folder of the wav files")
@@ -224,7 +224,7 @@ def parity_clips(args: argparse.Namespace, loaded: LoadedModel, n_samples: int) 
         if not paths:
             raise DataError(f"--clips {args.clips}: no wav files there")
         remedy = "remove it from the folder of --clips, or put a good one in its place"
-        clips = [torch.from_numpy(read_audio(path, rate, remedy=remedy)).float() for path in paths]
+        clips = [torch.from_numpy(read_audio(path, sampling, remedy=remedy)).float() for path in paths]
         for path, clip in zip(paths, clips, strict=True):
             if len(clip) == 0:
                 raise DataError(f"{path} holds no samples: {remedy}")
@@ -232,13 +232,13 @@ def parity_clips(args: argparse.Namespace, loaded: LoadedModel, n_samples: int) 
         names = [path.stem.rsplit("-", 1)[-1] for path in paths]
         return torch.stack(clips), [name if name in RECORDING_DEVICES else "unknown" for name in names]
     if args.dataset or args.dataset_dir:
-        data = load_data(cli.config_from(args, DataConfig), rate, seed=0)
+        data = load_data(cli.config_from(args, DataConfig), sampling, seed=0)
         if data.store.n_samples != n_samples:
             raise DataError(f"clips of {data.meta.root} have {data.store.n_samples} samples, the files {n_samples}")
         index = torch.linspace(0, len(data.test) - 1, min(args.n_clips, len(data.test))).long()
         batch = data.test.batch(index).to(torch.device("cpu"))
         return batch.waveform, [data.meta.recording_devices[i] for i in batch.recording_device.tolist()]
-    return parity.generated_clips(rate, n_samples, args.n_clips)
+    return parity.generated_clips(sampling.rate, n_samples, args.n_clips)
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ from helpers.checkpoints.checkpoint import (
     load_model,
 )
 from helpers.checkpoints.stated import add_stated_options, believe
-from helpers.data import DataConfig, data_digests, load_data, load_teacher, place_on_device
+from helpers.data import DataConfig, data_digests, load_data, load_teacher, place_on_device, sampling_of
 from helpers.export.files import write_onnx
 from helpers.loop import Update, evaluate, train_one_epoch
 from helpers.machine import open_machine
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     machine = open_machine(parser, args)
     frontend = source.frontend.to(machine.device)
     with machine.processes.main_first():
-        data = load_data(data_config, frontend.sample_rate, args.seed, args.cropped, args.crop_shift)
+        data = load_data(data_config, sampling_of(frontend), args.seed, args.cropped, args.crop_shift)
         check_scenes(path, source, data.meta, "take another checkpoint")
         augment = torch.nn.ModuleDict()
         if trains:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from datasets.audio import Sampling
 from datasets.cache import WaveformStore, open_store
 from datasets.files import ContentError, locked
 from datasets.synthetic import SYNTHETIC_NOTICE
@@ -39,7 +40,7 @@ from datasets.teacher_logits import is_logits, read_logits, read_logits_file
 from datasets.waveforms import Clips, batches
 from helpers import cli
 from helpers.checkpoints.checkpoint import CheckpointError, check_scenes, save_checkpoint
-from helpers.data import DataConfig, dataset_root, place_on_device
+from helpers.data import DataConfig, dataset_root, place_on_device, sampling_of
 from helpers.fetch.download import file_hash
 from helpers.machine import Machine, Precision, open_machine
 from helpers.options import add_compute_options, add_data_options
@@ -75,8 +76,8 @@ class Source:
     weight: float
     architecture: str = "file of logits"
     teacher: TeacherSource | None = None  # None: a file of logits
-    sample_rate: int | None = None  # Hz
-    shifts: list[int] | None = None  # samples at sample_rate
+    sampling: Sampling | None = None
+    shifts: list[int] | None = None  # samples at that rate
     provenance: Any = None  # of a file of logits: what it says of itself
     logits: np.ndarray | None = None
 
@@ -157,7 +158,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             }
             PartFile.remove_others(parts, identities.values())
         for source in networks(sources):
-            clips = Clips(meta, rows, stores[source.sample_rate])
+            clips = Clips(meta, rows, stores[source.sampling])
             place_on_device(clips, args.data_on_device, machine.device)
             part = None
             if processes.is_main:
@@ -249,7 +250,7 @@ def check_sources(
     """Everything that can be told before the work: files of logits are read, every network answers once.
 
     Returns:
-        The waveform stores by sampling rate in Hz.
+        The waveform stores by how they are sampled.
 
     Raises:
         DataError, CheckpointError: for what does not fit, with the file and the clip.
@@ -262,12 +263,12 @@ def check_sources(
             loaded = source.teacher.load()
             check_scenes(source.teacher.path, loaded, meta, "take another teacher")
             source.architecture = type(loaded.model).__name__
-            source.sample_rate = loaded.frontend.sample_rate
-            source.shifts = shifts(args.n_shifts, args.max_shift, source.sample_rate)
-    rates = sorted({source.sample_rate for source in networks(sources)})
-    stores = {rate: open_store(meta, rate, args.cache_path) for rate in rates}
+            source.sampling = sampling_of(loaded.frontend)
+            source.shifts = shifts(args.n_shifts, args.max_shift, source.sampling.rate)
+    wanted = sorted({source.sampling for source in networks(sources)})
+    stores = {sampling: open_store(meta, sampling, args.cache_path) for sampling in wanted}
     for source in networks(sources):
-        scorer(source.teacher, source.teacher.load(), stores[source.sample_rate].n_samples, machine)
+        scorer(source.teacher, source.teacher.load(), stores[source.sampling].n_samples, machine)
     return stores
 
 
@@ -281,14 +282,14 @@ def shifts(n_shifts: int, max_shift: int, sample_rate: int) -> list[int]:
 
 
 def identity(
-    source: Source, meta: Meta, rows: np.ndarray, stores: dict[int, WaveformStore], args: argparse.Namespace,
+    source: Source, meta: Meta, rows: np.ndarray, stores: dict[Sampling, WaveformStore], args: argparse.Namespace,
     device: torch.device,
 ) -> str:  # fmt: skip
     """Digest of everything that decides the bits of a network's answers: only equal ones are gone on with."""
     everything = {
         "teacher": source.sha256,
         "clips": hashlib.sha256("\n".join(meta.files[rows]).encode()).hexdigest(),
-        "store": file_hash(stores[source.sample_rate].folder / "manifest.json", "sha256"),
+        "store": file_hash(stores[source.sampling].folder / "manifest.json", "sha256"),
         "options": [source.shifts, args.average, args.batch_size, args.precision, args.channels_last],
         "program": [FORMAT, torch.__version__, str(device), source.name if source.teacher.published else ""],
         "frontend": source.stated_frontend,

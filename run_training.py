@@ -37,6 +37,7 @@ from helpers.data import (
     load_data,
     load_teacher,
     place_on_device,
+    sampling_of,
 )
 from helpers.evaluate.calibration import fit_temperature
 from helpers.loop import Update, check_shapes, evaluate, predict, train_one_epoch
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             return dry_run(args, parts.build_model(args), frontend)
 
     with machine.processes.main_first():
-        data = load_data(data_config, frontend.sample_rate, args.seed, args.cropped, args.crop_shift)
+        data = load_data(data_config, sampling_of(frontend), args.seed, args.cropped, args.crop_shift)
         # Of a run to resume, the scenes themselves are compared.
         args.n_classes = check_n_classes(None if begun else args.n_classes, data)
         load_teacher(data, args.teacher_logits, loss_fn, args.given)

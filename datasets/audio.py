@@ -1,8 +1,10 @@
-"""Reading one audio file as the published systems did: mono, resampled with soxr's HQ recipe (librosa's default)."""
+"""Reading one audio file as the published systems did: mono, resampled as librosa or torchaudio do by default."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,32 @@ import soxr
 
 from datasets.tau import DataError
 
-RESAMPLER = "soxr_hq"
+SOXR, SINC = "soxr_hq", "sinc"  # librosa's default; torchaudio's, which front ends ask for that were published so
+RESAMPLERS = {SOXR: "soxr", SINC: "torchaudio"}  # and the packages that have them
 FULL_SCALE = 32768  # int16 steps per unit of amplitude
 LARGEST_SAMPLE = 8.0  # float recordings may exceed full scale, but not by 18 dB
 LOWEST_RATE, HIGHEST_RATE = 100, 768_000  # Hz
 MAX_FRAMES_PER_BYTE = 10_000  # silence in FLAC has some 340 samples a byte; far beyond that a header lies
 BLOCK_FRAMES = 1 << 20
 EXTRACT = "extract it again"
+
+
+@dataclass(frozen=True, order=True)
+class Sampling:
+    """How waveforms are brought to the rate of a front end, in Hz."""
+
+    rate: int
+    resampler: str = SOXR
+
+    @classmethod
+    def of(cls, rate: "Sampling | int") -> "Sampling":
+        return rate if isinstance(rate, Sampling) else cls(rate)
+
+    @property
+    def described(self) -> str:
+        """The resampler with its version."""
+        package = RESAMPLERS[self.resampler]
+        return f"{self.resampler} of {package} {version(package)}"
 
 
 @dataclass(frozen=True)
@@ -42,8 +63,10 @@ def read_format(path: Path, remedy: str = EXTRACT) -> AudioFormat:
         return AudioFormat(found.sample_rate, sum(map(len, read_blocks(file))))  # GSM: the header does not tell
 
 
-def read_audio(path: Path, sample_rate: int, expected: AudioFormat | None = None, remedy: str = EXTRACT) -> np.ndarray:
-    """Reads a file as mono float32 (sample,) in [-1, 1], resampled to `sample_rate` Hz.
+def read_audio(
+    path: Path, sampling: Sampling | int, expected: AudioFormat | None = None, remedy: str = EXTRACT
+) -> np.ndarray:
+    """Reads a file as mono float32 (sample,) in [-1, 1], resampled to a rate in Hz.
 
     Memory grows with the samples that are there, whatever the header says.
 
@@ -68,7 +91,7 @@ def read_audio(path: Path, sample_rate: int, expected: AudioFormat | None = None
     if (problem := odd_samples(waveform)) is not None:
         raise DataError(f"{path} {problem}")
     waveform = waveform[:, 0] if waveform.shape[1] == 1 else waveform.mean(axis=1)
-    return resample(waveform, rate, sample_rate)
+    return resample(waveform, rate, sampling)
 
 
 def odd_samples(waveform: np.ndarray) -> str | None:
@@ -133,13 +156,31 @@ def read_blocks(file: soundfile.SoundFile, dtype: str = "float32") -> Iterator[n
         yield block
 
 
-def resample(waveform: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
-    """Resamples (sample,) to the length `resampled_length`, the same samples as librosa.load gives."""
+def resample(waveform: np.ndarray, rate: int, sampling: Sampling | int) -> np.ndarray:
+    """Resamples (sample,) to the length `resampled_length`, the same samples as librosa.load or torchaudio give."""
+    sampling = Sampling.of(sampling)
+    new_rate = sampling.rate
     if rate == new_rate:
         return waveform
-    resampled = soxr.resample(waveform, rate, new_rate, quality=RESAMPLER)
+    if sampling.resampler == SINC:
+        return _sinc(rate, new_rate)(waveform)
+    resampled = soxr.resample(waveform, rate, new_rate, quality=SOXR)
     n_samples = resampled_length(len(waveform), rate, new_rate)
     return np.pad(resampled[:n_samples], (0, max(0, n_samples - len(resampled))))
+
+
+@lru_cache
+def _sinc(rate: int, new_rate: int) -> Callable[[np.ndarray], np.ndarray]:
+    import torch  # here, so that what only reads lists need not wait for it
+    from torchaudio.transforms import Resample
+
+    transform = Resample(rate, new_rate)
+
+    def apply(waveform: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return transform(torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32))).numpy()
+
+    return apply
 
 
 def resampled_length(n_frames: int, rate: int, new_rate: int) -> int:

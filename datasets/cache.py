@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.audio import SOXR, Sampling
 from datasets.files import locked, write_json
 from datasets.store_build import build_store
 from datasets.store_spec import Sources, StoreSpec, file_checksum, make_spec, read_manifest
@@ -89,13 +90,13 @@ class WaveformStore:
 
 def open_store(
     meta: Meta | Evaluation,
-    sample_rate: int,
+    sampling: Sampling | int,
     cache_path: Path | str,
     progress: bool = True,
     checked: bool = False,
     joined: bool = False,
 ) -> WaveformStore:
-    """Opens the store of a data set at `sample_rate` Hz and builds it first where there is none that fits.
+    """Opens the store of a data set at a rate in Hz and builds it first where there is none that fits.
 
     Args:
         checked: another process of the same run has just opened it, so the audio files need not be looked at again.
@@ -105,8 +106,9 @@ def open_store(
         DataError: for an audio file that is missing, unreadable or unlike the others, and for a disk that is too small.
         OSError: when the disk is not writable.
     """
+    sampling = Sampling.of(sampling)
     root, has_audio = meta.root.resolve(), (meta.root / "audio").is_dir()
-    folders = _folders(meta, sample_rate, cache_path, joined)
+    folders = _folders(meta, sampling, cache_path, joined)
     recorded = [(folder, spec) for folder in folders if (spec := _recorded_spec(folder, meta)) is not None]
     if checked or not has_audio:
         for folder, spec in sorted(recorded, key=lambda found: _root_of(found[0]) != root):
@@ -115,11 +117,11 @@ def open_store(
                 if not has_audio:
                     log.warning("%s has no audio; using the store %s, built from it earlier", meta.root, folder)
                 return WaveformStore(folder, spec)
-    spec, sources = make_spec(meta, sample_rate, recorded[0][1].files if recorded else None, joined)
+    spec, sources = make_spec(meta, sampling, recorded[0][1].files if recorded else None, joined)
     folder, problem = _find_folder(folders, spec, sources)
     if problem is not None:
         with locked(folders[0].with_name(folders[0].name + ".lock"), f"the store {folders[0]}", wait=True):
-            folders = _folders(meta, sample_rate, cache_path, joined)
+            folders = _folders(meta, sampling, cache_path, joined)
             folder, problem = _find_folder(folders, spec, sources)  # another process may have built it meanwhile
             if problem is not None:
                 if folder.exists():
@@ -146,7 +148,7 @@ def open_joined_store(
         log.warning("segments of %d samples at %d Hz are resampled one by one: windows click where they meet",
                     n_frames, source_rate)  # fmt: skip
         return store
-    return open_store(meta, rate, cache_path, progress, checked, joined=True)
+    return open_store(meta, store.spec.sampling, cache_path, progress, checked, joined=True)
 
 
 def find_problem(folder: Path, spec: StoreSpec, sources: Sources | None = None, verify: bool = False) -> str | None:
@@ -221,10 +223,11 @@ def _find_folder(folders: list[Path], spec: StoreSpec, sources: Sources) -> tupl
     raise AssertionError("the last folder is not there and so belongs to nobody")
 
 
-def _folders(meta: Meta | Evaluation, sample_rate: int, cache_path: Path | str, joined: bool) -> list[Path]:
+def _folders(meta: Meta | Evaluation, sampling: Sampling, cache_path: Path | str, joined: bool) -> list[Path]:
     """Where stores of such a list of clips are, and after them the first place where none is."""
     digest = hashlib.sha256("\n".join(sorted(map(str, meta.files))).encode()).hexdigest()[:8]
-    first = Path(cache_path) / f"{meta.root.resolve().name}_r{sample_rate}_{digest}{'_joined' if joined else ''}"
+    kind = ("" if sampling.resampler == SOXR else f"_{sampling.resampler}") + ("_joined" if joined else "")
+    first = Path(cache_path) / f"{meta.root.resolve().name}_r{sampling.rate}_{digest}{kind}"
     folders = [first]
     for number in count(2):
         if not folders[-1].is_dir():

@@ -19,7 +19,7 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from datasets.audio import AudioFormat, read_audio, resample, to_int16
+from datasets.audio import AudioFormat, Sampling, read_audio, resample, to_int16
 from datasets.files import write_json
 from datasets.store_spec import Sources, StoreSpec, file_checksum
 from datasets.tau import DataError, follows
@@ -128,7 +128,7 @@ class ClipReader:
     def __call__(self, row: int) -> np.ndarray:
         before, after = self.follows[row], self.follows[row + 1]
         if not (before or after):
-            return to_int16(self._read(row, self.spec.sample_rate))
+            return to_int16(self._read(row, self.spec.sampling))
         n = self.spec.n_context
         parts = [self._read(row, self.spec.source_rate)]
         if before:
@@ -136,11 +136,11 @@ class ClipReader:
         if after:
             parts.append(self._read(row + 1, self.spec.source_rate)[:n])
         start = n * self.spec.sample_rate // self.spec.source_rate if before else 0
-        joined = resample(np.concatenate(parts), self.spec.source_rate, self.spec.sample_rate)
+        joined = resample(np.concatenate(parts), self.spec.source_rate, self.spec.sampling)
         return to_int16(joined[start : start + self.spec.n_samples])
 
-    def _read(self, row: int, rate: int) -> np.ndarray:
-        return read_audio(self.root / self.spec.files[row], rate, self.source)
+    def _read(self, row: int, sampling: Sampling | int) -> np.ndarray:
+        return read_audio(self.root / self.spec.files[row], sampling, self.source)
 
 
 def _spot_check(read: ClipReader, file: BinaryIO, spec: StoreSpec) -> None:

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import soxr
-
-from datasets.audio import RESAMPLER, read_format, resampled_length
+from datasets.audio import Sampling, read_format, resampled_length
 from datasets.files import ContentError, check_content, matching, read_json
 from datasets.tau import DataError, Evaluation, Meta, segment_order
 
@@ -38,6 +36,10 @@ class StoreSpec:
     @property
     def n_bytes(self) -> int:
         return 2 * len(self.files) * self.n_samples
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.sample_rate, self.resampler.partition(" of ")[0])
 
     @property
     def is_joined(self) -> bool:
@@ -134,7 +136,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def make_spec(
-    meta: Meta | Evaluation, sample_rate: int, order: Sequence[str] | None = None, joined: bool = False
+    meta: Meta | Evaluation, sampling: Sampling | int, order: Sequence[str] | None = None, joined: bool = False
 ) -> tuple[StoreSpec, Sources]:
     """Describes the store that the data set on disk asks for; looks up every audio file's size, reads few headers.
 
@@ -145,6 +147,7 @@ def make_spec(
     Raises:
         DataError: for files that are missing, empty, or no audio.
     """
+    sampling = Sampling.of(sampling)
     files = list(order) if order is not None else [str(meta.files[i]) for i in segment_order(meta.files)]
     sources = find_sources(meta.root, files)
     # The odd one out may be the first.
@@ -154,11 +157,11 @@ def make_spec(
         raise DataError(f"{meta.root / files[spread[0]]} holds no samples: extract it again")
     spec = StoreSpec(
         version=STORE_VERSION,
-        sample_rate=sample_rate,
-        n_samples=resampled_length(source.n_frames, source.sample_rate, sample_rate),
+        sample_rate=sampling.rate,
+        n_samples=resampled_length(source.n_frames, source.sample_rate, sampling.rate),
         source_rate=source.sample_rate,
         source_frames=source.n_frames,
-        resampler=f"{RESAMPLER} of soxr {soxr.__version__}{JOINED if joined else ''}",
+        resampler=f"{sampling.described}{JOINED if joined else ''}",
         files=files,
         source_bytes=sources.n_bytes,
     )

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 
+from datasets.audio import Sampling
 from datasets.cache import WaveformStore, open_joined_store, open_store
 from datasets.crops import CroppedClips, ShiftedClips
 from datasets.synthetic import SYNTHETIC_NOTICE, write_synthetic
@@ -85,11 +86,18 @@ def dataset_root(config: DataConfig) -> Path:
     return Path(named)
 
 
-def load_data(config: DataConfig, sample_rate: int, seed: int, cropped: bool = False, crop_shift: float = 0.0) -> Data:
+def sampling_of(frontend: Any) -> Sampling:
+    """How clips are brought to a front end."""
+    return Sampling(frontend.sample_rate, frontend.resampler)
+
+
+def load_data(
+    config: DataConfig, sampling: Sampling | int, seed: int, cropped: bool = False, crop_shift: float = 0.0
+) -> Data:
     """Reads lists and labels, opens the waveform store (built when missing) and cuts out the parts.
 
     Args:
-        sample_rate: in Hz.
+        sampling: of the clips; a rate in Hz, or that of a front end.
         seed: of the recordings that are held out.
         cropped: the training part is made of windows of whole recordings instead of their segments.
         crop_shift: of windows that are not anywhere, but multiples of so many seconds from where the segments are.
@@ -111,7 +119,7 @@ def load_data(config: DataConfig, sample_rate: int, seed: int, cropped: bool = F
         raise DataError(f"{len(both)} clips are in the training and in the test part, first {meta.files[both[0]]}")
     # Under torchrun the first process of a machine has been here before the others.
     checked = local_rank() not in (None, 0)
-    store = open_store(meta, sample_rate, config.cache_path, checked=checked)
+    store = open_store(meta, sampling, config.cache_path, checked=checked)
     train = Clips(meta, rows, store)
     if crop_shift > 0 and not cropped:
         raise DataError(f"crop_shift {crop_shift:g} says where windows are: train on windows with --cropped")

@@ -12,17 +12,20 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torchaudio
 
 from datasets import cache, store_build, store_spec
-from datasets.audio import read_audio, to_int16
+from datasets.audio import Sampling, read_audio, to_int16
+from datasets.audio_files import AudioFiles
 from datasets.cache import find_problem, open_store
 from datasets.store_spec import make_spec
 from datasets.tau import DataError, read_meta, segment_order
+from models import FRONTENDS
 
 pytestmark = pytest.mark.slow
 
 
-def open_quietly(root: Path, cache_path: Path, rate: int = 32000) -> cache.WaveformStore:
+def open_quietly(root: Path, cache_path: Path, rate: int | Sampling = 32000) -> cache.WaveformStore:
     return open_store(read_meta(root), rate, cache_path, progress=False)
 
 
@@ -42,6 +45,22 @@ def test_real_clips_are_resampled_as_for_the_published_checkpoint(shared):
     for file, expected in zip(data["files"], data["wave32k"].numpy(), strict=True):
         waveform = read_audio(shared("audio/tau22_samples") / file, 32000)
         np.testing.assert_allclose(waveform, expected, rtol=0, atol=1e-6)
+
+
+def test_a_front_end_may_want_torchaudios_filter(tau, tmp_path):
+    """As the front ends do whose authors resample with it; both stores lie in one folder."""
+    plain = open_quietly(tau.root, tmp_path, 32000)
+    store = open_quietly(tau.root, tmp_path, Sampling(32000, "sinc"))
+    assert store.folder.parent == plain.folder.parent and store.folder != plain.folder
+    resample = torchaudio.transforms.Resample(44100, 32000)
+    for file, samples in zip(store.spec.files, store.read(np.arange(3)), strict=False):
+        expected = resample(torch.from_numpy(soundfile.read(tau.root / file, dtype="float32")[0]))
+        np.testing.assert_array_equal(samples, to_int16(expected.numpy()))
+    files = AudioFiles(tau.root, np.array(store.spec.files), Sampling(32000, "sinc"))
+    read = files.read(files.rows(store.spec.files[2:5]))
+    np.testing.assert_array_equal(to_int16(read), store.read(np.arange(2, 5)))
+    wanted = {name: kind.resampler for name, (_, kind) in FRONTENDS.items()}
+    assert {name for name, resampler in wanted.items() if resampler != "soxr_hq"} == {"dcase24_mel", "dragonsearch_mel"}
 
 
 def test_ten_second_clips_work(shared, tmp_path):

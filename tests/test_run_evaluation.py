@@ -14,7 +14,7 @@ import soundfile
 import torch
 
 import run_evaluation
-from datasets.audio import read_audio, resample
+from datasets.audio import RESAMPLERS, Sampling, read_audio, resample
 from datasets.tau import SCENES, DataError
 from helpers.checkpoints.checkpoint import CheckpointError, describe, load_checkpoint, load_model, save_checkpoint
 from helpers.evaluate.recordings import decoded, find_recordings, read_pcm, read_recording, resampled, windows
@@ -38,10 +38,11 @@ def pieces(samples: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("new_rate", [32000, 16000, 44100, 48000])
 @pytest.mark.parametrize("n_samples", [1, 999, 44100, 100_001])
-def test_a_stream_is_resampled_as_the_whole(new_rate, n_samples):
-    x = noise(3)[:n_samples]
-    whole = resample(x, 44100, new_rate)
-    stream = np.concatenate(list(resampled(iter(pieces(x, [7, 40000, 1, 30000])), 44100, new_rate)))
+@pytest.mark.parametrize("resampler", RESAMPLERS)
+def test_a_stream_is_resampled_as_the_whole(new_rate, n_samples, resampler):
+    x, sampling = noise(3)[:n_samples], Sampling(new_rate, resampler)
+    whole = resample(x, 44100, sampling)
+    stream = np.concatenate(list(resampled(iter(pieces(x, [7, 40000, 1, 30000])), 44100, sampling)))
     assert len(stream) == len(whole)
     np.testing.assert_allclose(stream, whole, rtol=0, atol=2e-6)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from datasets.audio import Sampling
 from datasets.files import replacing
 from datasets.tau import parse_clip_name
 from helpers.evaluate.recordings import windows
@@ -36,7 +37,7 @@ class Listener:
     model: torch.nn.Module
     frontend: torch.nn.Module
     scenes: tuple[str, ...]
-    sample_rate: int
+    sampling: Sampling
     n_samples: int
     hop: int
     unknown_below: float
@@ -50,7 +51,7 @@ class Listener:
     @torch.inference_mode()
     def answers(self, pieces: Iterator[np.ndarray], batch: int = BATCH) -> Iterator[Answer]:
         """Answers the windows of a recording, a batch at a time."""
-        waiting, rate = windows(pieces, self.n_samples, self.hop), self.sample_rate
+        waiting, rate = windows(pieces, self.n_samples, self.hop), self.sampling.rate
         while some := list(islice(waiting, batch)):
             waveform = torch.from_numpy(np.stack([window.samples for window in some])).to(self.device)
             logits = self.model(self.frontend(waveform)).float()

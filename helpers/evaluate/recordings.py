@@ -3,6 +3,7 @@
 Memory does not grow with a recording. What comes out is what reading and resampling it whole would give.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from datasets.audio import RESAMPLER, odd_samples, open_audio, read_blocks, resampled_length
+from datasets.audio import SINC, SOXR, Sampling, odd_samples, open_audio, read_blocks, resample, resampled_length
 from datasets.tau import DataError
 
 REMEDY = "name another recording, or convert it to wav"
@@ -49,18 +50,18 @@ def find_recordings(path: Path) -> tuple[list[Path], int]:
     return found, len(files) - len(found)
 
 
-def read_recording(path: Path, sample_rate: int) -> Iterator[np.ndarray]:
-    """Pieces (sample,) float32 of a file at `sample_rate` Hz; channels are averaged.
+def read_recording(path: Path, sampling: Sampling | int) -> Iterator[np.ndarray]:
+    """Pieces (sample,) float32 of a file at a rate in Hz; channels are averaged.
 
     Raises:
         DataError: when it is missing, no audio, or holds samples that no recording holds.
     """
     with open_audio(path, REMEDY) as file:
-        yield from resampled(_mono(read_blocks(file), path), file.samplerate, sample_rate)
+        yield from resampled(_mono(read_blocks(file), path), file.samplerate, sampling)
 
 
-def read_pcm(stream: BinaryIO, form: str, rate: int, n_channels: int, sample_rate: int) -> Iterator[np.ndarray]:
-    """Pieces (sample,) float32 of raw samples at `sample_rate` Hz, as they come.
+def read_pcm(stream: BinaryIO, form: str, rate: int, n_channels: int, sampling: Sampling | int) -> Iterator[np.ndarray]:
+    """Pieces (sample,) float32 of raw samples at another rate in Hz, as they come.
 
     Args:
         form: of a sample, a key of PCM; channels take turns.
@@ -80,7 +81,7 @@ def read_pcm(stream: BinaryIO, form: str, rate: int, n_channels: int, sample_rat
             if n_whole:
                 yield decoded(piece[:n_whole], form).reshape(-1, n_channels)
 
-    yield from resampled(_mono(blocks(), "standard input"), rate, sample_rate)
+    yield from resampled(_mono(blocks(), "standard input"), rate, sampling)
 
 
 def decoded(raw: bytes, form: str) -> np.ndarray:
@@ -101,12 +102,17 @@ def _mono(blocks: Iterator[np.ndarray], name: object) -> Iterator[np.ndarray]:
         yield block[:, 0] if block.shape[1] == 1 else block.mean(axis=1)
 
 
-def resampled(blocks: Iterator[np.ndarray], rate: int, new_rate: int) -> Iterator[np.ndarray]:
+def resampled(blocks: Iterator[np.ndarray], rate: int, sampling: Sampling | int) -> Iterator[np.ndarray]:
     """Resamples a stream of pieces (sample,), as `datasets.audio.resample` does the whole."""
+    sampling = Sampling.of(sampling)
+    new_rate = sampling.rate
     if rate == new_rate:
         yield from blocks
         return
-    stream = soxr.ResampleStream(rate, new_rate, 1, dtype="float32", quality=RESAMPLER)
+    if sampling.resampler == SINC:
+        yield from _in_overlaps(blocks, rate, sampling)
+        return
+    stream = soxr.ResampleStream(rate, new_rate, 1, dtype="float32", quality=SOXR)
     n_in = n_out = 0
     for block in blocks:
         n_in += len(block)
@@ -116,6 +122,25 @@ def resampled(blocks: Iterator[np.ndarray], rate: int, new_rate: int) -> Iterato
     last = stream.resample_chunk(np.zeros(0, np.float32), last=True)
     left = max(0, resampled_length(n_in, rate, new_rate) - n_out)
     yield np.pad(last[:left], (0, max(0, left - len(last))))
+
+
+def _in_overlaps(blocks: Iterator[np.ndarray], rate: int, sampling: Sampling) -> Iterator[np.ndarray]:
+    """A filter without state: each piece is resampled with enough of its neighbours, which are cut off again."""
+    period = rate // math.gcd(rate, sampling.rate)  # samples after which both rates meet
+    step = period * sampling.rate // rate
+    reach = 8 * -(-rate // sampling.rate)  # of torchaudio's filter: six zeros of its sinc to either side
+    context = -(-reach // period) * period
+    kept, first, done = np.zeros(0, np.float32), 0, 0  # first: position of kept[0]; done: what has been given back
+    for block in blocks:
+        kept = np.concatenate([kept, block])
+        end = max(done, (first + len(kept) - context) // period * period)
+        if end > done:
+            new = resample(kept, rate, sampling)
+            yield new[(done - first) // period * step : (end - first) // period * step]
+            done, drop = end, max(0, end - context - first)
+            kept, first = kept[drop:], first + drop
+    if len(kept):
+        yield resample(kept, rate, sampling)[(done - first) // period * step :]
 
 
 def windows(pieces: Iterator[np.ndarray], length: int, hop: int) -> Iterator[Window]:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from datasets.audio import Sampling
 from datasets.tau import read_meta
 from helpers.data import Data, DataConfig, dataset_root, load_data, load_labels, place_on_device
 from helpers.evaluate.calibration import reliability
@@ -24,37 +25,39 @@ Ensemble = Literal["logits", "log_probabilities", "probabilities", "none"]
 ENSEMBLES: tuple[str, ...] = get_args(Ensemble)
 
 
-def load_for(systems: Sequence[System], config: DataConfig, machine: Machine, data_on_device: str) -> dict[int, Data]:
-    """The data set at the rate of every system (in Hz); where none hears it, its labels alone, as that of rate 0.
+def load_for(
+    systems: Sequence[System], config: DataConfig, machine: Machine, data_on_device: str
+) -> dict[Sampling | None, Data]:
+    """The data set as every system wants it sampled; where none hears it, its labels alone, as that of None.
 
     Every system is proved on what it is to be scored on, so that what does not fit is told before any work.
 
     Raises:
         CheckpointError, DataError: for a system of other scenes, or that does not take these clips.
     """
-    rates = sorted({system.sample_rate for system in systems if system.sample_rate is not None})
+    wanted = sorted({system.sampling for system in systems if system.sampling is not None})
     with machine.processes.main_first():
         meta = read_meta(dataset_root(config))
         for system in systems:
             system.check(meta)
-        data = {rate: load_data(config, rate, seed=0) for rate in rates} or {0: load_labels(config)}
+        data = {sampling: load_data(config, sampling, seed=0) for sampling in wanted} or {None: load_labels(config)}
     machine.processes.check_share(len(next(iter(data.values())).test), "test clips")
     for part in data.values():
         if part.store is not None:
             place_on_device(part.test, data_on_device, machine.device)
     for system in systems:
-        if system.sample_rate is not None:
-            system.prove(data[system.sample_rate].store.n_samples)
+        if system.sampling is not None:
+            system.prove(data[system.sampling].store.n_samples)
     return data
 
 
 def answers_of(
-    systems: Sequence[System], data: Mapping[int, Data], machine: Machine, ensemble: Ensemble = "logits"
+    systems: Sequence[System], data: Mapping[Sampling | None, Data], machine: Machine, ensemble: Ensemble = "logits"
 ) -> dict[str, Tensor]:
     """Logits (clip, class) on the test part by the name of the system, and of all together where there are several."""
     answers: dict[str, Tensor] = {}
     for system in systems:
-        part = data.get(system.sample_rate) or next(iter(data.values()))
+        part = data.get(system.sampling) or next(iter(data.values()))
         log.info("%s (%s): %d test clips", system.name, system.path, len(part.test))
         answers |= system.answers(part.test, machine)
     if len(systems) > 1 and ensemble != "none":

@@ -11,10 +11,12 @@ from typing import Annotated, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from datasets.audio import Sampling
 from datasets.tau import DataError, Meta
 from datasets.waveforms import Clips
 from helpers.checkpoints.checkpoint import CheckpointError, LoadedModel, check_scenes
 from helpers.complexity import Report, measure
+from helpers.data import sampling_of
 from helpers.evaluate.predictions import Predictions, is_predictions, read_predictions
 from helpers.evaluate.test_time import TestTimeAugmentation, TestTimeConfig
 from helpers.export import parity
@@ -30,6 +32,7 @@ from models.layers.fold import fold
 from models.layers.mel_norm import MelNorm
 
 ARTIFACTS = (".onnx", ".pte")
+LARGEST_KEPT = 1_000_000  # parameters
 NO_EPS = 1e-30  # of a norm without epsilon; PyTorch wants one
 
 
@@ -78,12 +81,12 @@ class System(Protocol):
     """Something that answers for clips.
 
     Args:
-        sample_rate: of the clips in Hz; None where none are needed.
+        sampling: of the clips; None where none are needed.
     """
 
     name: str
     path: Path
-    sample_rate: int | None
+    sampling: Sampling | None
     scenes: tuple[str, ...]
     n_samples: int  # of the clips that it was made for
 
@@ -113,16 +116,26 @@ class NetworkSystem:
     def __init__(self, source: TeacherSource, treatment: Treatment):
         self.source, self.treatment = source, treatment
         self.name, self.path = source.name, source.path
-        loaded = source.load()
-        self.sample_rate = loaded.frontend.sample_rate
-        self.n_samples = loaded.content.get("clip_samples", self.sample_rate)
+        self._kept: LoadedModel | None = None
+        loaded = self.load()
+        self.sampling = sampling_of(loaded.frontend)
+        self.n_samples = loaded.content.get("clip_samples", self.sampling.rate)
         self.scenes = loaded.scenes or tuple(f"class {i}" for i in range(loaded.model.config.n_classes))
 
+    def load(self) -> LoadedModel:
+        """Network and front end on the CPU; large ones are not kept, as there may be dozens of them."""
+        if self._kept is not None:
+            return self._kept
+        loaded = self.source.load()
+        if sum(value.numel() for value in loaded.model.parameters()) <= LARGEST_KEPT:
+            self._kept = loaded
+        return loaded
+
     def check(self, meta: Meta) -> None:
-        check_scenes(self.path, self.source.load(), meta, "take another network")
+        check_scenes(self.path, self.load(), meta, "take another network")
 
     def prove(self, n_samples: int) -> None:
-        loaded = self.source.load()
+        loaded = self.load()
         try:
             with torch.inference_mode():
                 self._network(loaded.model, loaded).eval()(loaded.frontend.eval()(torch.zeros(1, n_samples)))
@@ -130,7 +143,7 @@ class NetworkSystem:
             raise CheckpointError(f"{self.path} does not take clips of {n_samples} samples: {error}") from error
 
     def answers(self, clips: Clips, machine: Machine) -> dict[str, Tensor]:
-        loaded = self.source.load()
+        loaded = self.load()
         networks = {self.name: self._network(loaded.model, loaded)}
         if loaded.device_models and not self.treatment.config.general:
             own = {device: self._network(model, loaded) for device, model in loaded.device_models.items()}
@@ -142,8 +155,8 @@ class NetworkSystem:
         return found
 
     def about(self) -> About:
-        loaded = self.source.load()
-        network = float_network(loaded.model) if loaded.precision == "int8" else loaded.model.float()
+        loaded = self.load()
+        network = float_network(loaded.model) if loaded.precision == "int8" else copy.deepcopy(loaded.model).float()
         frontend = loaded.frontend.cpu().eval()
         with torch.inference_mode():
             shape = frontend(torch.zeros(1, self.n_samples)).shape[1:]
@@ -157,7 +170,7 @@ class NetworkSystem:
         )  # fmt: skip
 
     def open(self, machine: Machine) -> tuple[nn.Module, nn.Module]:
-        loaded = self.source.load()
+        loaded = self.load()
         return self._ready(self._network(loaded.model, loaded), loaded, machine)
 
     def _ready(self, network: nn.Module, loaded: LoadedModel, machine: Machine) -> tuple[nn.Module, nn.Module]:
@@ -199,7 +212,7 @@ class ArtifactSystem:
         about = self._metadata()
         try:
             self.scenes = tuple(json.loads(about["labels"]))
-            self.sample_rate, self.n_samples = int(about["sample_rate_hz"]), int(about["clip_samples"])
+            rate, self.n_samples = int(about["sample_rate_hz"]), int(about["clip_samples"])
             temperature = float(about.get("temperature", 1))
             frontend = json.loads(about["frontend"])
         except (KeyError, TypeError, ValueError) as error:
@@ -207,7 +220,9 @@ class ArtifactSystem:
         self.temperature = temperature if treatment.temperature is None else treatment.temperature
         if treatment.config != TreatmentConfig() or treatment.copies.n_tta:
             raise DataError(f"{path} runs as it is: leave --precision, --fold, --general and --n_tta away")
-        self.frontend = nn.Identity() if self.takes_waveform else _frontend(path, frontend)
+        frontend = _frontend(path, frontend)
+        self.sampling = Sampling(rate, frontend.resampler)
+        self.frontend = nn.Identity() if self.takes_waveform else frontend
 
     def check(self, meta: Meta) -> None:
         if tuple(meta.scenes) != self.scenes:
@@ -217,7 +232,7 @@ class ArtifactSystem:
     def prove(self, n_samples: int) -> None:
         if n_samples != self.n_samples:
             raise DataError(f"{self.path} takes clips of {self.n_samples} samples, the data set's have {n_samples} at "
-                            f"{self.sample_rate} Hz")  # fmt: skip
+                            f"{self.sampling.rate} Hz")  # fmt: skip
 
     def answers(self, clips: Clips, machine: Machine) -> dict[str, Tensor]:
         on_cpu = Machine(torch.device("cpu"), machine.batch_size, machine.n_ahead, processes=machine.processes)
@@ -250,7 +265,7 @@ class ArtifactSystem:
 class PredictionsSystem:
     """Answers from a file."""
 
-    sample_rate, scenes, n_samples = None, (), 0
+    sampling, scenes, n_samples = None, (), 0
 
     def __init__(self, path: Path):
         self.name, self.path = path.stem, path

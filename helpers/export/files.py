@@ -30,6 +30,7 @@ def describe_file(
     return {
         "labels": json.dumps(list(scenes)),
         "sample_rate_hz": str(rate),
+        "resampler": frontend.resampler,
         "clip_samples": str(n_samples),
         "clip_seconds": f"{n_samples / rate:g}",
         "precision": precision,

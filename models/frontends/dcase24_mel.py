@@ -39,6 +39,7 @@ class Dcase24Mel(mel.Mel):
     Frames: 1 + floor(sample / hop_length), 65 a second at the defaults.
     """
 
+    resampler = "sinc"
     mask_value = math.log(LOG_OFFSET)  # masked before the logarithm
     normalisation = f"log_mel = ln(power + {LOG_OFFSET:g})"
 

@@ -39,6 +39,8 @@ class DragonsearchMel(mel.Mel):
     Frames: 1 + floor(sample / hop_length), 44 a second.
     """
 
+    resampler = "sinc"
+
     def __init__(self, config: DragonsearchMelConfig):
         super().__init__(config, torch.hann_window(config.win_length), mel.triangles(config, "htk", None))
         is_log = config.scale == "ln"

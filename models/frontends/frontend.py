@@ -22,12 +22,14 @@ class Float32Constants(nn.Module):
 class Frontend(Float32Constants):
     """Maps waveforms (batch, sample) in [-1, 1] to spectrograms (batch, 1, mel, time), float32; nothing is learned.
 
-    Its config has a field `sample_rate` in Hz. Constants are buffers that are not persistent: a state dict has none.
-    A static `recognise(tensors)` may tell its options from buffers that others save beside a network, or None.
+    Its config has a field `sample_rate` in Hz; `resampler` says how the published system brings clips to that rate.
+    Constants are buffers that are not persistent: a state dict has none. A static `recognise(tensors)` may tell its
+    options from buffers that others save beside a network, or None.
     """
 
     config: Any
     mask_value = 0.0  # what a masked cell holds, on the scale of the output
+    resampler = "soxr_hq"  # librosa's default; or sinc, torchaudio's
     normalisation = "none"  # from the power in a band to the output, for the metadata of files
 
     @property
