@@ -7,7 +7,9 @@ import logging
 import math
 import os
 import re
+import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
@@ -58,6 +60,31 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # as from a full disk
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+@contextmanager
+def replacing_folder(path: Path, over: bool = False) -> Iterator[Path]:
+    """A folder to fill, which becomes `path` once the block ends; when it ends with an exception, `path` is as it was.
+
+    Args:
+        over: what is at `path` already gives way; else it is refused.
+
+    Raises:
+        ContentError: when something is at `path` and must stay.
+    """
+    if not over and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ContentError(f"{path} is there already")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        new, old = temporary / "new", temporary / "old"
+        new.mkdir()
+        yield new
+        if path.exists():
+            os.replace(path, old)
+        os.replace(new, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -281,7 +281,11 @@ def run(main: Callable[[list[str] | None], Any]) -> None:
         sys.exit(130)
 
 
-_UNSET = object()
+class _Unset(list):
+    """Stands for options that are not given; a list, so that an action may append to a copy of it."""
+
+
+_UNSET = _Unset()
 
 
 def _is_other() -> bool:

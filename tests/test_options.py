@@ -18,6 +18,7 @@ import run_device_training
 import run_evaluation
 import run_export
 import run_qat
+import run_submission
 import run_teacher_logits
 import run_teacher_validation
 import run_training
@@ -39,6 +40,7 @@ SCRIPTS = (
     run_export,
     run_teacher_validation,
     run_teacher_logits,
+    run_submission,
 )
 # Flags of the published scripts, from their specification.
 PUBLISHED = """

@@ -1,0 +1,440 @@
+"""Submissions: what is written beside what the published scripts write, the checks, and the package by itself."""
+
+import copy
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+import torchinfo
+import yaml
+
+import run_submission
+from datasets.files import ContentError
+from datasets.tau import SCENES, DataError
+from helpers.checkpoints.checkpoint import CheckpointError, describe, load_model, save_checkpoint
+from helpers.complexity import LimitError
+from helpers.quantization import for_target
+from helpers.submission.about import AboutError, template
+from helpers.submission.check import check_meta, check_submission, check_table
+from helpers.submission.package import write_package
+from helpers.submission.rules import RULES
+from helpers.submission.template.wav import read_wav
+from models import FRONTENDS, MODELS, default_frontend, get_frontend, get_model
+from models.device_models import DeviceModels
+from tests.conftest import make_tau
+from tests.golden_inputs import clip, fill_state
+
+pytestmark = pytest.mark.slow
+
+GOLDEN = "golden/dcase_baselines"
+LABEL = "Golden_TEAM_task1"
+# Without teachers, and without those that take ten seconds at their defaults.
+STUDENTS = [name for name, (_, network) in MODELS.items() if not hasattr(network, "pretrained_url")]
+STUDENTS = [name for name in STUDENTS if not name.startswith("dragonsearch_baseline")]
+SPLITS = ("5", "10", "25", "50", "100")
+ALONE = """
+import sys, torch
+from Golden_TEAM_task1 import Golden_TEAM_task1_1 as system
+assert not {"numpy", "soundfile", "models", "helpers"} & set(sys.modules), "more than torch and torchaudio"
+"""
+
+
+def write_about(path: Path, year: int) -> None:
+    path.write_text(template(RULES[year]).replace('"..."', "words"))
+
+
+# ---- what the published scripts wrote -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(shared, tmp_path, monkeypatch):
+    """The tiny data sets of the golden submissions, and the network in a file as its authors save it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TAU22_DIR", raising=False)
+
+    def build(year: int) -> tuple[Path, list[str]]:
+        golden = shared(f"{GOLDEN}/submission_{year}")
+        for one in json.loads((golden / "audio_sources.json").read_text())["files"]:
+            path = Path("dev", one["file"]) if one["file"].startswith("audio/") else Path(one["file"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            samples = clip(1.0, 44100, one["key"])[0].numpy() * one["gain"]
+            soundfile.write(path, np.round(samples * 32767).astype(np.int16), 44100, subtype="PCM_16")
+        evaluation = Path(f"TAU-urban-acoustic-scenes-{year}-mobile-evaluation")
+        for folder in ("dev", evaluation):
+            Path(folder, "evaluation_setup").mkdir()
+        shutil.copy(golden / "meta.csv", "dev")
+        shutil.copy(next(golden.glob("split*.csv")), "dev/evaluation_setup/fold1_train.csv")
+        shutil.copy(golden / "test.csv", "dev/evaluation_setup/fold1_evaluate.csv")
+        shutil.copy(golden / "fold1_test.csv", evaluation / "evaluation_setup")
+        network = get_model("dcase24_baseline")
+        if year == 2025:
+            network = DeviceModels(
+                network, {name: copy.deepcopy(network) for name in ("a", "b", "c", "s1", "s2", "s3")}
+            )
+        override = torch.load(golden / "logits.pt", weights_only=True)["override"]
+        prefix = "multi_device_model." if year == 2025 else "model."
+        state = fill_state(network).state_dict() | override
+        torch.save({"state_dict": {prefix + name: value for name, value in state.items()}}, "last.ckpt")
+        write_about(Path("about.yaml"), year)
+        names = ["last.ckpt"] if year == 2025 else [f"{split}=last.ckpt" for split in SPLITS]
+        options = ["--year", str(year), "--label", LABEL, "--model", *names, "--dataset_dir", "dev", "--about",
+                   "about.yaml", "--evaluation_dir", str(evaluation), "--n_clips", "10", "--batch_size", "8",
+                   "--output", "out"]  # fmt: skip
+        return golden, options
+
+    return build
+
+
+def test_2024_is_what_the_published_script_wrote(published, capsys):
+    golden, options = published(2024)
+    assert run_submission.main(options) == 0
+    wanted = pd.read_csv(golden / "output.csv", sep="\t")
+    outputs = sorted(Path(f"out/task1/{LABEL}_1").glob("*.csv"))
+    assert [path.name for path in outputs] == sorted(f"{LABEL}_1.output.split_{split}.csv" for split in SPLITS)
+    for path in outputs:
+        found = pd.read_csv(path, sep="\t")
+        assert list(found.columns) == list(wanted.columns) and found.filename.tolist() == wanted.filename.tolist()
+        assert found.scene_label.tolist() == wanted.scene_label.tolist()
+        # Half precision has steps of 0.0005 below 1; resampling in float32 may round the other way.
+        np.testing.assert_allclose(found[list(SCENES)], wanted[list(SCENES)], rtol=0, atol=1e-3)
+        texts = pd.read_csv(path, sep="\t", dtype=str)[list(SCENES)].to_numpy().ravel()
+        assert all(text == str(np.float16(text)) for text in texts)
+    left = Path(f"out/predictions/{LABEL}_1.split_5")
+    info, published_info = (json.loads((folder / "info.json").read_text()) for folder in (left, golden))
+    assert (info["MACs"], info["Params"]) == (published_info["MACs"], published_info["Params"])
+    assert info["test"][0].keys() == published_info["test"][0].keys() and len(info["test"][0]) == 69
+    assert info["test"][0] == pytest.approx(published_info["test"][0], abs=5e-3)
+    state = torch.load(left / "model_state_dict.pt", weights_only=True)
+    manifest = torch.load(golden / "logits.pt", weights_only=True)["model_state_dict_manifest"]
+    described = {name: [str(value.dtype).removeprefix("torch."), list(value.shape)] for name, value in state.items()}
+    assert described == {name: [kind, list(shape)] for name, (kind, shape) in manifest.items()}
+    assert "out passes the checks" in capsys.readouterr().out
+
+
+def test_2025_is_what_the_published_package_wrote(published):
+    golden, options = published(2025)
+    assert run_submission.main(options) == 0
+    left = Path(f"out/predictions/{LABEL}_1")
+    wanted, found = (pd.read_csv(folder / "output.csv", sep="\t") for folder in (golden, left))
+    assert list(found.columns) == list(wanted.columns) and found.filename.tolist() == wanted.filename.tolist()
+    assert found.scene_label.tolist() == wanted.scene_label.tolist()
+    np.testing.assert_allclose(found[list(SCENES)], wanted[list(SCENES)], rtol=0, atol=1e-3)
+    for name in ("complexity.json", "test_accuracy.json"):
+        assert json.loads((left / name).read_text()) == json.loads((golden / name).read_text())
+    state = torch.load(left / "model_state_dict.pt", weights_only=True)
+    assert len(state) == 882 and state["device_models.s3.feed_forward.0.weight"].dtype == torch.float16
+    meta = yaml.safe_load((left / f"{LABEL}_1.meta.yaml").read_text())
+    assert meta["results"]["development_dataset"].keys() == {"overall", "class_wise", "device_wise"}
+
+
+# ---- the package by itself ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def only_torch(tmp_path_factory) -> Path:
+    """A folder of packages that holds torch, torchaudio, and what these say they need."""
+    folder = tmp_path_factory.mktemp("only_torch")
+    names, done = ["torch", "torchaudio", "torchaudio_cpu", "markupsafe", "mpmath"], set()
+    while names:
+        name = names.pop()
+        if name in done:
+            continue
+        done.add(name)
+        distribution = importlib.metadata.distribution(name)
+        needed = [line for line in distribution.requires or () if "extra ==" not in line]
+        present = {one.metadata["Name"].lower().replace("_", "-") for one in importlib.metadata.distributions()}
+        found = [re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in needed]
+        names += [other for other in found if other in present]
+        for top in {file.parts[0] for file in distribution.files if file.parts[0] not in ("..", "__pycache__")}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(distribution.locate_file(top))
+    return folder
+
+
+def run_alone(packages: Path, site: Path, code: str) -> None:
+    """Runs code with nothing but Python, torch, torchaudio and what is installed in `site`."""
+    start = "import torchaudio_cpu; torchaudio_cpu.install()\n"  # what the .pth file does, which only site.py reads
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{site}{os.pathsep}{packages}"}
+    done = subprocess.run([sys.executable, "-S", "-c", start + code], env=environment, cwd=site, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_installs_and_needs_torch_and_torchaudio_alone(only_torch, tmp_path):
+    """Every student is in it as a system of its own, with a network for a device, and answers as it does here."""
+    systems, wanted = [], []
+    for i, name in enumerate(STUDENTS, start=1):
+        torch.manual_seed(i)
+        networks = [get_model(name).eval() for _ in range(2)]
+        kind, options = default_frontend(name)
+        frontend = get_frontend(kind, **options).eval()
+        systems.append((name, DeviceModels(networks[0], {"s1": networks[1]}), frontend))
+        rate, noise = frontend.sample_rate, 0.1 * np.random.default_rng(0).standard_normal(frontend.sample_rate)
+        soundfile.write(tmp_path / f"{i}.wav", noise, rate, subtype="PCM_24")
+        with torch.inference_mode():
+            log_mel = frontend(torch.from_numpy(soundfile.read(tmp_path / f"{i}.wav", dtype="float32")[0])[None])
+            wanted.append([for_target(network, "fp16")(log_mel)[0] for network in (networks[0], networks[1])])
+    write_package(tmp_path / LABEL, LABEL, systems, [("audio/x.wav", "park")])
+    torch.save(wanted, tmp_path / "wanted.pt")
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
+    subprocess.run([*install, "--target", str(tmp_path / "site"), str(tmp_path / LABEL)], check=True)
+    code = f"""
+{ALONE}
+import importlib
+for i, (general, own) in enumerate(torch.load({str(tmp_path / "wanted.pt")!r}), start=1):
+    system = importlib.import_module(f"{LABEL}.{LABEL}_{{i}}")
+    logits, scenes = system.predict([f"{tmp_path}/{{i}}.wav"] * 3, ["a", "s1", "unknown"], use_cuda=False)
+    assert len(scenes) == 10 and scenes[0] == "airport"
+    for found, ours in zip(logits, (general, own, general)):
+        assert found.shape == (10,) and (found.float() - ours).abs().max() < 2e-2 * (1 + ours.abs().max()), i
+    model = system.load_model()
+    inputs = system.load_inputs([f"{tmp_path}/{{i}}.wav"], ["a"], model)
+    assert inputs[0].dtype == torch.float16 and inputs[0].shape[:2] == (1, 1)
+    assert system.get_model_for_device(model, "s9") is system.get_model_for_device(model, "")
+    assert system.get_model_for_device(model, "s1") is not system.get_model_for_device(model, "a")
+    assert len(model.model.state_dict()) == 2 * len(model.model.base_model.state_dict())
+from importlib.resources import files
+assert files("{LABEL}.resources").joinpath("test.csv").read_text() == "filename\\tscene_label\\naudio/x.wav\\tpark\\n"
+"""
+    run_alone(only_torch, tmp_path / "site", code)
+
+
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
+@pytest.mark.parametrize("form", ["WAV", "WAVEX"])
+def test_the_package_reads_wav_files_as_soundfile_does(tmp_path, subtype, form):
+    samples = np.random.default_rng(0).uniform(-1, 1, (999, 2))
+    soundfile.write(tmp_path / "x.wav", samples, 22050, subtype=subtype, format=form)
+    found, rate = read_wav(tmp_path / "x.wav")
+    wanted = soundfile.read(tmp_path / "x.wav", dtype="float32")[0].mean(axis=1)
+    assert rate == 22050
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("content", [b"", b"RIFF0000WAVE", b"OggS" + bytes(60)])
+def test_the_package_names_what_is_no_wav_file(tmp_path, content):
+    (tmp_path / "x.wav").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.wav (is no wav file|holds no samples)"):
+        read_wav(tmp_path / "x.wav")
+
+
+# ---- the checks -----------------------------------------------------------------------------------------------------
+
+
+def test_tables_are_judged_as_by_the_organisers(shared, tmp_path):
+    cases = json.loads(shared(f"{GOLDEN}/validator_2024.json").read_text())["output_cases"]
+    path = tmp_path / "x.csv"
+    for name, case in cases.items():
+        path.write_text(case["csv"])
+        found = check_table(path, 10)
+        wanted = case["errors"]
+        assert len(found.problems) == wanted if wanted >= 0 else found.problems, name
+        assert bool(found.notes) == (name in ("probability_nan", "label_not_the_argmax")), name
+
+
+def edited(meta: dict, path: str, value=None) -> dict:
+    """A copy with the entry at a path set, or removed where no value is given."""
+    meta = copy.deepcopy(meta)
+    *above, last = path.split(".")
+    block = meta
+    for key in above:
+        block = block[key]
+    if value is None:
+        del block[last]
+    else:
+        block[last] = value
+    return meta
+
+
+def test_meta_information_is_judged_as_by_the_organisers(shared):
+    golden = json.loads(shared(f"{GOLDEN}/validator_2024.json").read_text())
+    meta = golden["meta_example"]
+    author = meta["submission"]["authors"][0]
+    development = "results.development_dataset"
+    cases = {
+        "valid": meta,
+        "abbreviation_over_10_characters": edited(meta, "submission.abbreviation", "ELEVENCHARS"),
+        "two_corresponding_authors": edited(meta, "submission.authors", [author, author]),
+        "no_corresponding_author": edited(meta, "submission.authors", [author | {"corresponding": False}]),
+        "label_with_three_parts": edited(meta, "submission.label", "Golden_TEAM_task1"),
+        "label_of_task2": edited(meta, "submission.label", "Golden_TEAM_task2_1"),
+        "split_50_block_missing": edited(meta, f"{development}.split_50"),
+        "device_missing_inside_split_5": edited(meta, f"{development}.split_5.device_wise.s6"),
+        "macs_missing": edited(meta, "system.complexity.macs"),
+        "total_parameters_text": edited(meta, "system.complexity.total_parameters", "61148"),
+        "no_external_datasets": edited(meta, "system.external_datasets", []),
+        "split_adaptations_missing": edited(meta, "system.description.split_adaptations"),
+    }
+    assert cases.keys() == golden["meta_cases"].keys()
+    for name, case in cases.items():
+        found = check_meta(case, RULES[2024])
+        assert len(found.problems) == golden["meta_cases"][name], name
+        assert bool(found.notes) == (name == "device_missing_inside_split_5"), name
+
+
+def test_other_folders_are_checked(published, capsys):
+    _, options = published(2024)
+    run_submission.main(options)
+    system = Path(f"out/task1/{LABEL}_1")
+    (system / f"{LABEL}_1.technical_report.pdf").write_text("paper")
+    assert run_submission.main(["--year", "2024", "--check", "out", "--n_clips", "10"]) == 0
+    capsys.readouterr()
+    assert run_submission.main(["--year", "2024", "--check", "out"]) == 1
+    printed = capsys.readouterr().out
+    assert "10 different clips, the evaluation set has 135,730" in printed
+    (system / "notes.txt").write_text("x")
+    meta = system / f"{LABEL}_1.meta.yaml"
+    meta.write_text(meta.read_text().replace("macs:", "max:"))
+    problems = check_submission(Path("out"), RULES[2024], 10).problems
+    assert problems == [f"{meta.name}: system.complexity.macs is missing",
+                        f"{LABEL}_1/notes.txt belongs to no submission"]  # fmt: skip
+
+
+# ---- our own networks, and bad input --------------------------------------------------------------------------------
+
+
+def save(path: str, n_classes: int = 10, **options) -> None:
+    model = get_model("cp_mobile", n_classes=n_classes, **({"base_channels": 8} | options))
+    parts = {"model": describe(model, MODELS), "frontend": describe(get_frontend("cp_mel", sample_rate=8000, n_mels=32,
+             n_fft=512, win_length=512, hop_length=250), FRONTENDS)}  # fmt: skip
+    save_checkpoint(Path(path), parts | {"scenes": list(SCENES[:n_classes]), "clip_samples": 4000})
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> list[str]:
+    """A data set with all scenes, an evaluation set of it, a network; the options that are the same every time."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TAU22_DIR", raising=False)
+    tau = make_tau(tmp_path / "own", list(SCENES), ["a", "s1"], ["a"], n_segments=1, rate=8000, seconds=0.5)
+    Path("eval/audio").mkdir(parents=True)
+    Path("eval/evaluation_setup").mkdir()
+    for i, row in enumerate(tau.rows[:3]):
+        shutil.copy(Path("own", row[0]), f"eval/audio/{i}.wav")
+    lines = ["filename\tdevice_id", "audio/2.wav\ta", "audio/0.wav\tunknown", "audio/1.wav\ts1"]
+    Path("eval/evaluation_setup/fold1_test.csv").write_text("\n".join(lines) + "\n")
+    save("net.pt")
+    write_about(Path("about.yaml"), 2025)
+    return ["--label", "Doe_TU_task1", "--dataset_dir", "own", "--evaluation_dir", "eval", "--about", "about.yaml",
+            "--n_clips", "3", "--output", "out"]  # fmt: skip
+
+
+def test_several_systems_and_a_second_run(here, capsys):
+    save("other.pt", base_channels=16)
+    options = [*here, "--model", "net.pt", "--model", "other.pt"]
+    assert run_submission.main(options) == 0
+    package = Path("out/Doe_TU_task1/Doe_TU_task1")
+    assert sorted(path.name for path in (package / "ckpts").glob("*.pt")) == ["Doe_TU_task1_1.pt", "Doe_TU_task1_2.pt"]
+    loaded = load_model("other.pt")
+    saved = torch.load("out/predictions/Doe_TU_task1_2/model_state_dict.pt", weights_only=True)
+    assert saved.keys() == {f"base_model.{name}" for name in loaded.model.state_dict()}
+    # Counted by the organisers' tool.
+    counted = json.loads(Path("out/predictions/Doe_TU_task1_2/complexity.json").read_text())["per_device"]["s10"]
+    shape = tuple(loaded.frontend(torch.zeros(1, 8000)).shape)
+    summary = torchinfo.summary(loaded.model, input_size=shape, verbose=0)
+    assert counted == {"MACs": summary.total_mult_adds, "Params": 2 * summary.total_params}
+    before = Path("out/predictions/Doe_TU_task1_1/output.csv").read_bytes()
+    with pytest.raises(ContentError, match="out is there already: name another folder with --output, or"):
+        run_submission.main(options)
+    assert run_submission.main([*options, "--force"]) == 0
+    assert Path("out/predictions/Doe_TU_task1_1/output.csv").read_bytes() == before
+    assert run_submission.main(["--check", "out", "--n_clips", "3"]) == 0
+    assert sorted(path.name for path in Path().iterdir() if path.name.startswith("out")) == ["out"]
+
+
+def test_2023_has_one_table_and_energy(here):
+    write_about(Path("about.yaml"), 2023)
+    assert run_submission.main([*here, "--year", "2023", "--model", "net.pt"]) == 0
+    folder = Path("out/task1/Doe_TU_task1_1")
+    assert sorted(path.name for path in folder.iterdir()) == ["Doe_TU_task1_1.meta.yaml", "Doe_TU_task1_1.output.csv"]
+    meta = yaml.safe_load((folder / "Doe_TU_task1_1.meta.yaml").read_text())
+    assert meta["system"]["energy_consumption"].keys() == {"training", "inference", "baseline_inference"}
+    assert meta["system"]["complexity"]["total_parameters_non_zero"] > 0
+    assert meta["results"]["development_dataset"]["overall"]["logloss"] > 0
+
+
+def test_runs_tell_their_share_of_the_training_part(here):
+    write_about(Path("about.yaml"), 2024)
+    for split in SPLITS:
+        content = torch.load("net.pt", weights_only=True)
+        torch.save(content | {"options": {"subset": int(split)}}, f"run{split}.pt")
+    runs = [f"run{split}.pt" for split in reversed(SPLITS)]
+    assert run_submission.main([*here, "--year", "2024", "--model", *runs]) == 0
+    assert len(list(Path("out/task1/Doe_TU_task1_1").glob("*.csv"))) == 5
+
+
+BAD = [
+    (["--model", "net.pt", "--label", "Doe"], SystemExit, "must be <Lastname>_<Institute>_task1"),
+    (["--model", "net.pt", "net.pt"], SystemExit, "a system of 2025 is one network"),
+    ([*["--model", "net.pt"] * 5], SystemExit, "at most 4 systems"),
+    (["--year", "2024", "--model", "5=net.pt", "5=net.pt"], SystemExit, "two networks for 5 percent"),
+    (["--year", "2024", "--model", "5=net.pt"], SystemExit, "lacks networks for 10, 25, 50, 100 percent"),
+    (["--year", "2024", "--model", "net.pt"], SystemExit, "does not say on how much it was trained"),
+    ([], SystemExit, "--model is needed"),
+    (["--model", "two.pt"], CheckpointError, "two.pt knows the scenes airport, bus, not those of the challenge"),
+    (["--model", "large.pt"], LimitError, r"large.pt: the network is over the challenge's limits: [\d,]+ bytes"),
+    (["--model", "table.npy"], CheckpointError, "a submission needs the network itself"),
+    (["--model", "net.pt", "--about", "none.yaml"], AboutError, "--print_about` writes one to fill in"),
+    (["--model", "net.pt", "--about", "open.yaml"], AboutError, "open.yaml: fill in submission.name"),
+    (["--model", "net.pt", "--evaluation_dir", "own"], DataError, "fold1_test.csv"),
+    (["--model", "net.pt", "--evaluation_dir", "older"], DataError, "tells no recording devices"),
+    (["--model", "net.pt", "--evaluation_dir", "gone"], DataError, "1 of 3 clips of gone have no audio file"),
+    (["--model", "net.pt", "--evaluation_dir", "broken"], DataError, "0.wav"),
+    (["--check", "nowhere"], SystemExit, "no such folder"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD, ids=[case[2][:40] for case in BAD])
+def test_bad_input_is_one_line_and_nothing_is_written(here, capsys, options, error, message):
+    save("two.pt", n_classes=2)
+    save("large.pt", base_channels=64)
+    np.save("table.npy", np.zeros((3, 10)))
+    Path("open.yaml").write_text(template(RULES[2025]))
+    for name in ("older", "gone", "broken"):
+        shutil.copytree("eval", name)
+    Path("older/evaluation_setup/fold1_test.csv").write_text("filename\naudio/0.wav\n")
+    Path("gone/audio/1.wav").unlink()
+    Path("broken/audio/0.wav").write_bytes(b"no sound")
+    with pytest.raises(error) as raised:
+        run_submission.main([*here, *options])
+    said = capsys.readouterr().err if error is SystemExit else str(raised.value)
+    assert re.search(message, said), said
+    if error is SystemExit:
+        assert raised.value.code == 2
+    assert not [path for path in Path().iterdir() if path.name.startswith("out")]
+
+
+def test_what_fails_on_the_way_leaves_nothing(here, monkeypatch):
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    Path("out").mkdir()
+    monkeypatch.setattr("run_submission.prove_package", full)
+    with pytest.raises(OSError, match="No space"):
+        run_submission.main([*here, "--model", "net.pt"])
+    assert not list(Path("out").iterdir()) and not list(Path().glob("out.*"))
+
+
+def test_a_package_that_answers_something_else_is_refused(here, monkeypatch):
+    from helpers.submission.package import PackageError
+
+    monkeypatch.setattr("run_submission.answers_of_package", lambda *_: [torch.randn(3, 10)])
+    with pytest.raises(PackageError, match="Doe_TU_task1_1 answers something else"):
+        run_submission.main([*here, "--model", "net.pt"])
+
+
+def test_the_file_for_authors_is_printed(capsys):
+    for year, rules in RULES.items():
+        assert run_submission.main(["--year", str(year), "--print_about"]) == 0
+        content = yaml.safe_load(capsys.readouterr().out)
+        wanted = {*rules.description} - {"input_sampling_rate", "acoustic_features", "framework"}
+        assert content["system"]["description"].keys() == wanted
+        assert ("energy_consumption" in content["system"]) == (year == 2023)
