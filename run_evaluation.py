@@ -49,6 +49,7 @@ from helpers.options import add_compute_options, add_data_options
 from helpers.parts import STUDENT, Parts
 from helpers.recipes import parse
 from helpers.report.report import metric_tables
+from helpers.report.results import results_of
 from helpers.runs.logger import LOGGERS
 from helpers.runs.run import open_logger
 
@@ -223,6 +224,7 @@ def score_all(
                 print(SYNTHETIC_NOTICE)
             note, command = SYNTHETIC_NOTICE if args.dataset == "synthetic" else "", ["run_evaluation.py", *args.argv]
             page = write_page_of(logger.dir, part, systems, answers, compared, command, note)
+            logger.show(results_of(part, next(iter(answers.values())), metrics, logger.dir))
             print(f"metrics, answers and report are in {logger.dir}: {page}")
     return metrics
 

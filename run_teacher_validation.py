@@ -26,6 +26,7 @@ from helpers.options import add_compute_options, add_data_options
 from helpers.parts import STUDENT, Parts
 from helpers.recipes import parse
 from helpers.report.report import metric_tables
+from helpers.report.results import results_of
 from helpers.runs.logger import LOGGERS
 from helpers.runs.run import open_logger
 from helpers.teachers import find_teachers
@@ -81,6 +82,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             note = SYNTHETIC_NOTICE if args.dataset == "synthetic" else ""
             command = ["run_teacher_validation.py", *(sys.argv[1:] if argv is None else argv)]
             page = write_page_of(logger.dir, part, systems, answers, compared, command, note)
+            logger.show(results_of(part, next(iter(answers.values())), metrics, logger.dir))
 
     if machine.processes.is_main:
         for name in answers:

@@ -27,6 +27,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     run.add_argument("--experiment_name", default="CPJKU_cp-mobile_student_training", help="name shown by the logger")
     run.add_argument("--logger", nargs="+", choices=[*LOGGERS], default=["wandb"], help="one or more")
+    run.add_argument("--wandb_checkpoints", action=cli.OnOff, default=True,
+                     help="upload the checkpoints of a finished run to W&B, where --wandb_id finds them")  # fmt: skip
     run.add_argument("--run_id", type=run_id, metavar="ID",
                      help="name of the new run's folder (default: eight random characters)")  # fmt: skip
     run.add_argument("--resume", metavar="ID", help="continue this run exactly, with its options")

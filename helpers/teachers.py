@@ -18,7 +18,7 @@ from helpers.fetch.download import file_hash
 from helpers.fetch.resources import published_file
 from helpers.machine import Machine
 from helpers.quantization import float_network, for_target
-from helpers.runs.folder import trained_checkpoint
+from helpers.runs.folder import fetched_checkpoint, trained_checkpoint
 from models.published import ALIASES, OLD_NAMES, PUBLISHED, TEACHERS, published_name
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,8 @@ def find_teacher(spec: str, project: str) -> TeacherSource:
         return TeacherSource(Path(spec).name, path)
     if spec in PUBLISHED or spec in ALIASES:
         return TeacherSource(spec, None, published_name(spec))
+    if (path := fetched_checkpoint(project, spec)) is not None:
+        return TeacherSource(spec, path)
     runs = sorted(folder.parent.name for folder in Path(project).glob("*/checkpoints"))
     runs = [run for run in runs if trained_checkpoint(project, run) is not None]
     raise CheckpointError(

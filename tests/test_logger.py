@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.runs import logger as logger_module
+from helpers.runs import wandb_logger
 from helpers.runs.logger import LOGGERS, RunLogger
 
 pytestmark = pytest.mark.slow
@@ -285,13 +285,13 @@ def run_fake(project, monkeypatch, caplog):
 
     def run(fake: FakeWandb | None, answers: bool = True, wandb_mode: str | None = None) -> tuple[list, list[str]]:
         monkeypatch.setitem(sys.modules, "wandb", fake)
-        monkeypatch.setattr(logger_module, "_answers", lambda url, seconds: answers)
+        monkeypatch.setattr(wandb_logger, "_answers", lambda url, seconds: answers)
         monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
         monkeypatch.delenv("WANDB_MODE", raising=False)
         if wandb_mode is not None:
             monkeypatch.setenv("WANDB_MODE", wandb_mode)
         with (
-            caplog.at_level(logging.INFO, "helpers.runs.logger"),
+            caplog.at_level(logging.INFO, "helpers.runs.wandb_logger"),
             start(project, "abcd1234", backends=["wandb"]) as run,
         ):
             run.write(0, {"test/acc": 0.5})

@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor
 
 from datasets.audio import resample
+from datasets.waveforms import Clips
 from helpers.complexity import MAX_MACS, MAX_PARAMETER_BYTES, Report
 from helpers.data import Data
 from helpers.evaluate.calibration import reliability
@@ -273,20 +274,30 @@ def curves(folder: Path, entries: Mapping[str, Entry]) -> Section | None:
     return Section("Learning curves", (), (), pictures) if pictures else None
 
 
+def hardest_clips(clips: Clips, logits: Tensor, n: int) -> list[int]:
+    """Positions of the clips with the largest losses, one of each recording: its other clips are much like it."""
+    shown, seen = [], set()
+    for i in _losses(clips, logits).argsort(descending=True).tolist():
+        recording = clips.meta.recording[clips.rows[i]]
+        if recording not in seen:
+            shown.append(i)
+            seen.add(recording)
+        if len(shown) == n:
+            break
+    return shown
+
+
+def _losses(clips: Clips, logits: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits.double(), clips.scene.cpu(), reduction="none")
+
+
 def hardest(data: Data, entries: Mapping[str, Entry], log_mel: Callable[[Tensor], Tensor] | None) -> Section | None:
     """The clips with the largest losses of the first system, with picture and sound."""
     if log_mel is None or data.test.store is None:
         return None
     clips, logits = data.test, next(iter(entries.values())).logits.double()
-    loss = torch.nn.functional.cross_entropy(logits, clips.scene.cpu(), reduction="none")
-    shown, seen = [], set()
-    for i in loss.argsort(descending=True).tolist():  # one of each recording: its other clips are much like it
-        recording = clips.meta.recording[clips.rows[i]]
-        if recording not in seen:
-            shown.append(i)
-            seen.add(recording)
-        if len(shown) == N_HARDEST:
-            break
+    loss = _losses(clips, logits)
+    shown = hardest_clips(clips, logits, N_HARDEST)
     waveform = clips.batch(torch.tensor(shown)).to(torch.device("cpu")).waveform
     found = []
     for i, samples, picture in zip(shown, waveform, log_mel(waveform), strict=True):

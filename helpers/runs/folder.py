@@ -5,6 +5,8 @@ from pathlib import Path
 
 from helpers.checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from helpers.fetch.resources import published_file
+from helpers.runs.logger import RUN_ID
+from helpers.runs.wandb_logger import fetch_checkpoints
 from models.published import ALIASES, PUBLISHED, published_name
 
 
@@ -51,6 +53,12 @@ def trained_checkpoint(project: str, run: str) -> Path | None:
     return max(folder.glob("*.ckpt"), key=epoch, default=None)
 
 
+def fetched_checkpoint(project: str, run: str) -> Path | None:
+    """The checkpoint of a run of another machine, fetched from W&B; None where there is none."""
+    known = RUN_ID.fullmatch(run) and fetch_checkpoints(Path(project), run)
+    return trained_checkpoint(project, run) if known else None
+
+
 def source_checkpoint(project: str, run: str | None, checkpoint: str | None) -> tuple[Path, str | None]:
     """The checkpoint that --wandb_id or --checkpoint names, and its key in PUBLISHED where it is a published network,
     which is fetched when it is not there.
@@ -68,6 +76,8 @@ def source_checkpoint(project: str, run: str | None, checkpoint: str | None) -> 
     found = trained_checkpoint(project, run)
     if found is None and (run in PUBLISHED or run in ALIASES):
         return published_source(run)
+    if found is None:
+        found = fetched_checkpoint(project, run)
     if found is None:
         raise CheckpointError(f"no run {run} with a checkpoint in {project}; {there_is}")
     return found, None

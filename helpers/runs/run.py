@@ -34,7 +34,9 @@ from helpers.quantization import float_network
 from helpers.recipes import keep_recipe
 from helpers.report.page import write_page
 from helpers.report.report import epoch_line, metric_tables, read_history, write_report
+from helpers.report.results import results_of
 from helpers.report.sections import Entry
+from helpers.runs.backend import Results
 from helpers.runs.logger import RunLogger, has_results, new_id
 from helpers.runs.options import REMEDIES, resume_command
 
@@ -47,6 +49,9 @@ class OtherProcess:
     id, dir, checkpoint_dir = "", Path(), Path()
 
     def write(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def show(self, results: Results) -> None:
         pass
 
 
@@ -238,6 +243,8 @@ class Run:
             self.logger.dir, logits.argmax(dim=1).numpy(), test.scene.cpu().numpy(), test.meta.scenes, note=note,
             draw=False,
         )  # fmt: skip
+        checkpoints = sorted(self.logger.checkpoint_dir.glob("*.pt")) if self.args.wandb_checkpoints else []
+        self.logger.show(results_of(self.subject.data, logits, metrics, self.logger.dir, checkpoints))
         print(metric_tables(metrics))
 
     def _write_page(self, logits: Tensor, note: str) -> None:
