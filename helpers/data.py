@@ -52,8 +52,16 @@ class DataConfig:
         float, "share of the training recordings held out to select best.pt; 0 is off", Bounds(0, 1, below=True)
     ] = 0.0
 
+    val_devices: Annotated[
+        str | None,
+        "recording devices kept out of training, such as s2,s3: the held-out recordings then tell how well unknown "
+        "devices are heard (val/acc/held_out)",
+    ] = None
+
     def __post_init__(self):
         check_numbers(self)
+        if self.val_devices and not self.val_fraction:
+            raise ValueError("val_devices needs recordings that are held out: val_fraction above 0")
         if self.subset not in SUBSETS:
             raise ValueError(f"subset must be one of {', '.join(map(str, SUBSETS))}, got {self.subset}")
 
@@ -113,6 +121,8 @@ def load_data(
     if config.val_fraction > 0:
         rows, val = hold_out_recordings(meta, rows, config.val_fraction, seed)
         log.info("%d clips of whole recordings are held out, told apart by %s", len(val), meta.recordings_by)
+    if config.val_devices:
+        rows, groups = keep_devices_out(meta, rows, val, config.val_devices, groups)
     test = test_rows(meta)
     both = np.intersect1d(rows, test)
     if len(both):
@@ -134,6 +144,32 @@ def load_data(
         test=Clips(meta, test, store),
         groups=groups,
     )
+
+
+def keep_devices_out(
+    meta: Meta, rows: np.ndarray, val: np.ndarray, names: str, groups: dict[str, tuple[str, ...]]
+) -> tuple[np.ndarray, dict[str, tuple[str, ...]]]:
+    """Rows for training without those of some recording devices, and device groups with these as `held_out`.
+
+    Args:
+        rows, val: for training, and held out, which keeps them.
+        names: of the devices, parted by commas.
+
+    Raises:
+        DataError: for a device without clips on either side, or when none are left to train with.
+    """
+    devices = tuple(dict.fromkeys(name.strip() for name in names.split(",")))
+    known = {meta.recording_devices[i] for i in meta.recording_device[rows]}
+    held = {meta.recording_devices[i] for i in meta.recording_device[val]}
+    for name in devices:
+        if name not in known or name not in held:
+            raise DataError(f"--val_devices {name}: the training part and what is held out have clips of "
+                            f"{', '.join(sorted(known & held))}")  # fmt: skip
+    numbers = [meta.recording_devices.index(name) for name in devices]
+    left = rows[~np.isin(meta.recording_device[rows], numbers)]
+    if not len(left):
+        raise DataError(f"--val_devices {names} leaves no clips to train with")
+    return left, groups | {"held_out": devices}
 
 
 def load_labels(config: DataConfig) -> Data:

@@ -18,6 +18,7 @@ import run_device_training
 import run_evaluation
 import run_export
 import run_qat
+import run_search
 import run_submission
 import run_teacher_logits
 import run_teacher_validation
@@ -41,6 +42,7 @@ SCRIPTS = (
     run_teacher_validation,
     run_teacher_logits,
     run_submission,
+    run_search,
 )
 # Flags of the published scripts, from their specification.
 PUBLISHED = """

@@ -17,7 +17,9 @@ import torch
 from torch.distributed.run import get_args_parser
 
 import run_dataset
+import run_search
 from helpers import teachers
+from helpers.recipes import add_recipe_options
 from helpers.submission.about import template
 from helpers.submission.rules import RULES
 from models import get_model
@@ -141,6 +143,11 @@ def run(script: str, options: list[str]) -> None:
         year = int(options[options.index("--year") + 1])
         Path("about.yaml").write_text(template(RULES[year]).replace('"..."', "words"))
         options = options[: [*options, ">"].index(">")]  # a file takes what is printed
+    if script == "run_search":  # has tests of its own, with processes
+        parser = run_search.make_parser()
+        add_recipe_options(parser)
+        parser.parse_args(options)
+        return
     if script == "run_training" and "--config" in options:
         name = Path(options[options.index("--config") + 1]).stem
         options = [str(ROOT / word) if word.startswith("recipes/") else word for word in options]
