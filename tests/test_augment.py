@@ -19,7 +19,7 @@ from helpers.augment.share_mask import ShareMask
 from helpers.augment.spec_mask import SpecMask
 from helpers.augment.spec_stripes import SpecStripes, SpecStripesConfig
 from helpers.augment.stripes import covered, random_stripes
-from helpers.augment.time_roll import TimeRoll
+from helpers.augment.time_roll import TimeRoll, copied, gathered
 from helpers.losses import kd_loss
 from models import get_frontend, get_model
 from tests.golden_inputs import clip, fill_state, wave
@@ -113,6 +113,13 @@ def test_every_clip_is_rolled_by_its_own_shift():
         shifts += [s for s in range(-5, 6) if torch.equal(after, before.roll(s))][:1]
     assert len(shifts) == 200
     assert set(shifts) == set(range(-5, 6))  # both ends included
+
+
+@pytest.mark.parametrize("roll", [copied, gathered])
+def test_clips_are_rolled_as_by_torch(roll):
+    waveform, shift = torch.randn(5, 97), torch.tensor([0, 1, 50, 95, 96])
+    expected = torch.stack([clip.roll(int(n)) for clip, n in zip(waveform, shift, strict=True)])
+    assert torch.equal(roll(waveform, shift), expected)
 
 
 def test_a_roll_longer_than_the_clip_wraps():

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
+from torch import Tensor
 
 from datasets.waveforms import Batch
 from helpers.augment.augmentation import Augmentation, Setting
@@ -52,7 +53,25 @@ class TimeRoll(Augmentation):
         shift = torch.randint(-self.max_shift, self.max_shift + 1, (n_clips,), device=waveform.device)
         if self.p < 1:
             shift = shift * (torch.rand(n_clips, device=waveform.device) < self.p)
-        # A shifted copy is a window into the clip written twice; windows are cheaper than an index for each sample.
-        windows = torch.cat([waveform, waveform], dim=1).unfold(1, n_samples, 1)  # (batch, sample + 1, sample), a view
-        rolled = windows[torch.arange(n_clips, device=waveform.device), -shift % n_samples]
-        return replace(batch, waveform=rolled)
+        roll = copied if waveform.device.type == "cpu" else gathered
+        return replace(batch, waveform=roll(waveform, shift % n_samples))
+
+
+def copied(waveform: Tensor, shift: Tensor) -> Tensor:
+    """Waveforms (batch, sample) rolled to the right by shifts (batch,), from 0 to below the length.
+
+    Two copies for each clip, whose shifts a GPU would have to be waited for.
+    """
+    n_samples = waveform.shape[1]
+    rolled = torch.empty_like(waveform)
+    for old, new, n in zip(waveform.unbind(), rolled.unbind(), shift.tolist(), strict=True):
+        new[n:] = old[: n_samples - n]
+        new[:n] = old[n_samples - n :]
+    return rolled
+
+
+def gathered(waveform: Tensor, shift: Tensor) -> Tensor:
+    """The same on the device alone: a shifted copy is a window into the clip written twice."""
+    n_clips, n_samples = waveform.shape
+    windows = torch.cat([waveform, waveform], dim=1).unfold(1, n_samples, 1)  # (batch, sample + 1, sample), a view
+    return windows[torch.arange(n_clips, device=waveform.device), (n_samples - shift) % n_samples]
