@@ -71,8 +71,16 @@ class Network:
     reports: Mapping[str, Report]
 
     @property
+    def is_folded(self) -> bool:
+        """Whether its norms are in its convolutions, as in 8 bits; the organisers count what is handed in."""
+        return self.precision == "int8"
+
+    def n_bytes(self, report: Report) -> int:
+        return (report.folded if self.is_folded else report.trained).parameter_bytes(self.precision)
+
+    @property
     def largest(self) -> Report:
-        return max(self.reports.values(), key=lambda report: report.folded.parameter_bytes(self.precision))
+        return max(self.reports.values(), key=self.n_bytes)
 
 
 @dataclass(frozen=True)
@@ -259,13 +267,14 @@ def open_network(system: Any, rules: Rules) -> Network:
     general = float_network(loaded.model) if precision == "int8" else loaded.model
     reports = {"": measure_second(general, loaded.frontend)}
     reports |= {device: measure_second(model, loaded.frontend) for device, model in own.items()}
+    network = Network(system, precision, reports)
     for device, report in reports.items():
-        if breaches := check_limits(report, precision):
+        if breaches := check_limits(report, precision, network.is_folded):
             which = f"the network for device {device}" if device else "the network"
             raise LimitError(f"{system.path}: {which} is over the challenge's limits: {'; '.join(breaches)}")
     config = TreatmentConfig("stored" if precision == "int8" else "fp16", general=not rules.by_device)
     system.treatment = replace(system.treatment, config=config)
-    return Network(system, precision, reports)
+    return network
 
 
 def answer(network: Network, data: Data, evaluation: Evaluation, machine: Machine) -> Answered:
@@ -356,7 +365,7 @@ def cost_of(network: Network) -> dict[str, int]:
     """The block system.complexity of the meta information."""
     report, state = network.largest, network.system.load().model
     return {
-        "total_model_size": report.folded.parameter_bytes(network.precision),
+        "total_model_size": network.n_bytes(report),
         "total_parameters": report.trained.n_parameters,
         "total_parameters_non_zero": sum(int(value.count_nonzero()) for value in state.parameters()),
         "memory_use": report.folded.peak_bytes(network.precision),

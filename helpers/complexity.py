@@ -143,13 +143,15 @@ def peak_values(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     return _cost(model, input_shape, []).peak_values
 
 
-def check_limits(report: Report, precision: str = "int8") -> list[str]:
+def check_limits(report: Report, precision: str = "int8", is_folded: bool = True) -> list[str]:
     """Says which limits a network breaks, in words with the numbers; empty when it keeps them.
 
     Args:
         precision: at which parameters are stored: int8, fp16, bf16, fp32, or "stored" for what they have now.
+        is_folded: whether what is stored is the folded network, or the trained one with its norms.
     """
-    n_bytes, n_macs, breaches = report.folded.parameter_bytes(precision), report.trained.macs, []
+    n_bytes = (report.folded if is_folded else report.trained).parameter_bytes(precision)
+    n_macs, breaches = report.trained.macs, []
     if n_bytes > MAX_PARAMETER_BYTES:
         name = "their stored precision" if precision == "stored" else precision
         breaches.append(f"{n_bytes:,} bytes of parameters at {name}, limit {MAX_PARAMETER_BYTES:,}")

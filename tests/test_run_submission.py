@@ -114,6 +114,16 @@ def test_2024_is_what_the_published_script_wrote(published, capsys):
     assert (info["MACs"], info["Params"]) == (published_info["MACs"], published_info["Params"])
     assert info["test"][0].keys() == published_info["test"][0].keys() and len(info["test"][0]) == 69
     assert info["test"][0] == pytest.approx(published_info["test"][0], abs=5e-3)
+    meta = yaml.safe_load(Path(f"out/task1/{LABEL}_1/{LABEL}_1.meta.yaml").read_text())
+    wanted_costs = {"total_model_size": 122_296, "total_parameters": 61_148, "macs": 29_419_156}  # of the baseline
+    assert meta["system"]["complexity"] == wanted_costs
+    scores, published_scores = meta["results"]["development_dataset"]["split_25"], published_info["test"][0]
+    for kind, names in (("class_wise", SCENES), ("device_wise", ("a", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6"))):
+        assert {*scores[kind]} == {*names}
+        for name in names:
+            assert scores[kind][name]["accuracy"] == pytest.approx(100 * published_scores[f"test/acc.{name}"], abs=0.01)
+            assert scores[kind][name]["logloss"] == pytest.approx(published_scores[f"test/loss.{name}"], abs=5e-3)
+    assert scores["overall"]["accuracy"] == pytest.approx(100 * published_scores["test/macro_avg_acc"], abs=0.01)
     state = torch.load(left / "model_state_dict.pt", weights_only=True)
     manifest = torch.load(golden / "logits.pt", weights_only=True)["model_state_dict_manifest"]
     described = {name: [str(value.dtype).removeprefix("torch."), list(value.shape)] for name, value in state.items()}
@@ -380,6 +390,7 @@ BAD = [
     (["--year", "2024", "--model", "net.pt"], SystemExit, "does not say on how much it was trained"),
     ([], SystemExit, "--model is needed"),
     (["--model", "two.pt"], CheckpointError, "two.pt knows the scenes airport, bus, not those of the challenge"),
+    (["--model", "edge.pt"], LimitError, r"129,\d+ bytes of parameters at fp16, limit 128,000"),
     (["--model", "large.pt"], LimitError, r"large.pt: the network is over the challenge's limits: [\d,]+ bytes"),
     (["--model", "table.npy"], CheckpointError, "a submission needs the network itself"),
     (["--model", "net.pt", "--about", "none.yaml"], AboutError, "--print_about` writes one to fill in"),
@@ -396,6 +407,7 @@ BAD = [
 def test_bad_input_is_one_line_and_nothing_is_written(here, capsys, options, error, message):
     save("two.pt", n_classes=2)
     save("large.pt", base_channels=64)
+    save("edge.pt", base_channels=24, channels_multiplier=2.5, expansion_rate=2.0)  # folded it would be small enough
     np.save("table.npy", np.zeros((3, 10)))
     Path("open.yaml").write_text(template(RULES[2025]))
     for name in ("older", "gone", "broken"):
