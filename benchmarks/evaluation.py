@@ -14,14 +14,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from intervals import make_part
-
+from benchmarks.intervals import make_part
+from benchmarks.training_step import write_recordings
 from datasets.cache import open_store
 from datasets.tau import DEVICE_GROUPS, Meta, read_meta
 from datasets.waveforms import Clips, batches
@@ -47,23 +45,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     return found
 
 
-def write_noise(folder: Path, n_clips: int) -> Meta:
-    """A data set of 1-second clips, all of them in the test part."""
-    (folder / "audio").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    lines = ["filename\tscene_label\tidentifier\tsource_label"]
-    for i in range(n_clips):
-        name = f"audio/bus-paris-0-{i}-0-a.wav"
-        soundfile.write(folder / name, 0.1 * rng.standard_normal(32000), 32000, subtype="PCM_16")
-        lines.append(f"{name}\tbus\tparis-0\ta")
-    (folder / "meta.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return read_meta(folder)
-
-
 def overhead(args: argparse.Namespace) -> dict[str, float]:
     """Seconds for all clips of a part, with the loop of the scripts and without."""
     with tempfile.TemporaryDirectory() as folder:
-        return _overhead(args, write_noise(Path(folder) / "noise", args.n_clips), Path(folder) / "cache")
+        root = Path(folder) / "noise"
+        write_recordings(root, args.n_clips, rate=32000)  # that of the front end
+        return _overhead(args, read_meta(root), Path(folder) / "cache")
 
 
 def _overhead(args: argparse.Namespace, meta: Meta, cache: Path) -> dict[str, float]:

@@ -87,14 +87,14 @@ def plain_network() -> nn.Module:
     return model
 
 
-def write_recordings(root: Path, n_clips: int) -> None:
+def write_recordings(root: Path, n_clips: int, rate: int = 44100) -> None:
     """A data set of noise in TAU's layout; the content does not matter here, the path through the files does."""
     (root / "audio").mkdir(parents=True)
     rng = np.random.default_rng(0)
     lines = ["filename\tscene_label\tidentifier\tsource_label"]
     for i in range(n_clips):
         file = f"audio/park-paris-1-{i}-0-a.wav"
-        soundfile.write(root / file, 0.05 * rng.standard_normal(44100), 44100, subtype="PCM_24")
+        soundfile.write(root / file, 0.05 * rng.standard_normal(rate), rate, subtype="PCM_24")
         lines.append(f"{file}\tpark\tparis-1\ta")
     (root / "meta.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
