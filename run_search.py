@@ -58,6 +58,11 @@ MOST_FAILURES = 3  # in a row that do not train
 PARENT_DIES = 1  # Linux' PR_SET_PDEATHSIG
 # Of the search, not of its trials; where trials are kept is the search's affair too.
 OWN = {"search", "study", "storage", "n_trials", "objective", "pruner", "n_warmup", "max_bytes", "max_macs", "max_ram"}
+# What may differ between machines that share a study: where data are, and what they are computed with.
+OF_A_MACHINE = {
+    "dataset_dir", "cache_path", "dirs_path", "teacher_logits", "num_workers", "data_on_device", "torch_device",
+    "channels_last", "save_minutes", "compile",
+}  # fmt: skip
 KEPT_HERE = {"project_name", "experiment_name", "logger", *NOT_KEPT}
 
 
@@ -103,17 +108,23 @@ def main(argv: list[str] | None = None) -> None:
     base |= {name: getattr(args, name) for name in args.given if name not in OWN | KEPT_HERE}
     if args.objective.startswith("val/") and not args.val_fraction:
         parser.error(f"--objective {args.objective} needs training recordings that are held out: --val_fraction 0.1")
+    if args.objective.startswith("test/"):
+        log.warning("--objective %s: the test part decides here, so its scores are no results any more", args.objective)
     space = read_space(path)
     check_space(space, base, training_parser, path)
     name = args.study or path.stem
     folder = Path(args.project_name) / name
     folder.mkdir(parents=True, exist_ok=True)
     storage = args.storage or str(folder / "journal.log")
-    digest = digest_of([base, path.read_text(encoding="utf-8"), args.objective])
+    alike = {key: value for key, value in base.items() if key not in OF_A_MACHINE}
+    digest = digest_of([alike, path.read_text(encoding="utf-8"), args.objective])
     study = open_study(name, storage, args.pruner, args.n_warmup, digest)
     signal.signal(signal.SIGTERM, _stop)
     try:
         search(args, study, folder, space, base, path)
+    except KeyboardInterrupt:
+        log.info("the same command goes on with the trial that was running")
+        raise
     finally:
         write_results(folder, study, args.objective)
     print(summary(study, args.objective))

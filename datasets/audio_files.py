@@ -31,7 +31,7 @@ class AudioFiles:
         self._pool = ThreadPoolExecutor(os.cpu_count())
 
     def rows(self, files: np.ndarray) -> np.ndarray:
-        """Rows (n,) of the named clips, of those."""
+        """Rows (n,) of clips by name, as in `read`."""
         return np.array([self._row_of[file] for file in files], dtype=np.int64)
 
     def read(self, rows: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ import yaml
 import run_search
 from datasets.tau import DataError, read_meta
 from helpers.data import DataConfig, load_data
+from helpers.search.page import importances, write_results
 from helpers.search.space import SearchError, draw, read_space
 from helpers.search.study import DIGEST, WORKER, finished, me, next_trial, open_study
 from tests.conftest import make_tau
@@ -128,6 +129,8 @@ def test_nothing_over_the_limits_is_trained(here, monkeypatch):
         run_search.main([*SMALL, "--search", "space.yaml", "--max_ram", "10"])
     rows = list(csv.DictReader(Path("proj/space/results.csv").open()))
     assert len(rows) == 10 and {row["state"] for row in rows} == {"over the limits"}
+    with pytest.raises(SearchError, match="5 draws from"):  # where things are is another matter
+        run_search.main([*SMALL, "--cache_path", "elsewhere", "--search", "space.yaml", "--max_macs", "1000"])
     with pytest.raises(SearchError, match=r"study space in proj/space/journal.log is of another recipe"):
         run_search.main([*SMALL, "--lr", "0.1", "--search", "space.yaml"])
 
@@ -153,6 +156,27 @@ def test_trials_of_processes_that_are_gone_come_first(tmp_path):
     study.tell(3, 2.0)
     assert next_trial(study, 4) is None
     assert [one.number for one in finished(study)] == [3, 2] and study.user_attrs[DIGEST] == "digest"
+
+
+def test_the_page_says_which_options_matter(tmp_path):
+    study = open_study("s", str(tmp_path / "j.log"), "median", 3, "digest")
+    assert study.pruner._n_warmup_steps == 3
+    write_results(tmp_path, study, "val/acc")
+    assert "0 trials" in (tmp_path / "search.html").read_text()
+    for i in range(20):
+        trial = study.ask()
+        lr = trial.suggest_float("lr", 1e-4, 1e-2, log=True)
+        trial.suggest_categorical("augment", ["[]", '["time_roll"]'])
+        trial.report(0.1, i % 3)
+        study.tell(trial, 1 - abs(lr - 1e-3) / 1e-2)
+    assert [*importances(study)] == ["lr", "augment"] and importances(study)["lr"] > 0.7
+    write_results(tmp_path, study, "val/acc")
+    page = (tmp_path / "search.html").read_text()
+    assert page.index('scope="row">lr<') < page.index('scope="row">augment<') and "20 complete" in page
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    best = max(rows, key=lambda row: float(row["score"]))
+    assert int(best["trial"]) == finished(study)[0].number == study.best_trial.number
+    assert [int(row["epochs"]) for row in rows] == [1 + i % 3 for i in range(20)]
 
 
 def test_devices_are_kept_out_of_training(here):

@@ -134,25 +134,28 @@ def fetch_checkpoints(project: Path, run_id: str) -> bool:
     """Brings the checkpoints of a run of another machine from W&B into its folder; whether there were any.
 
     Does nothing without an account or network, or where W&B is switched off.
+
+    Raises:
+        OSError: when they cannot be written.
     """
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    try:
-        import wandb
+    folder = project / run_id / "checkpoints"
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            import wandb
 
-        if _wandb_mode(wandb)[0] != "online":
-            return False
-        api = wandb.Api(timeout=round(WANDB_INIT_S))
-        artifact = api.artifact(f"{project.resolve().name}/{artifact_name(run_id)}:latest", type="model")
-        folder = project / run_id / "checkpoints"
-        with tempfile.TemporaryDirectory() as scratch:
+            if _wandb_mode(wandb)[0] != "online":
+                return False
+            api = wandb.Api(timeout=round(WANDB_INIT_S))
+            artifact = api.artifact(f"{project.resolve().name}/{artifact_name(run_id)}:latest", type="model")
             artifact.download(root=scratch)
-            files = [path for path in sorted(Path(scratch).iterdir()) if path.suffix == ".pt"]
-            for path in files:
-                with replacing(folder / path.name, "wb") as file, open(path, "rb") as source:
-                    shutil.copyfileobj(source, file)
-    except Exception as error:
-        log.info("W&B has no checkpoints of %s (%s)", run_id, _first_line(error))
-        return False
+        except Exception as error:
+            log.info("W&B has no checkpoints of %s (%s)", run_id, _first_line(error))
+            return False
+        files = [path for path in sorted(Path(scratch).iterdir()) if path.suffix == ".pt"]
+        for path in files:
+            with replacing(folder / path.name, "wb") as file, open(path, "rb") as source:
+                shutil.copyfileobj(source, file)
     log.info("W&B: checkpoints of %s are in %s", run_id, folder)
     return bool(files)
 
