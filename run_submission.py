@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--check {args.check}: no such folder")
         return tell(check_submission(Path(args.check), rules, args.n_clips), args.check)
     plan = planned(parser, args, rules)
-    about = read_about(Path(args.about))
+    about = read_about(Path(args.about), rules)
     folder = Path(args.output or f"submission_{rules.year}")
     refuse_what_is_there(folder, args.force)
     clips = evaluation_clips(Path(args.evaluation_dir), rules)
@@ -246,6 +246,8 @@ def refuse_what_is_there(folder: Path, force: bool) -> None:
 
 def evaluation_clips(root: Path, rules: Rules) -> Evaluation:
     """The list of the evaluation set; for 2025 with the recording devices."""
+    if not root.is_dir():
+        raise DataError(f"--evaluation_dir {root}: no such folder")
     clips = read_evaluation(root)
     if rules.by_device and clips.recording_device is None:
         raise DataError(f"{root} tells no recording devices in a column device_id: is it the set of {rules.year}?")

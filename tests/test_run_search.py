@@ -86,6 +86,7 @@ BAD = [
     ({"lrr": [1]}, SearchError, "no option lrr, the nearest is lr"),
     ({"lr": {"low": 1, "high": 0}}, SearchError, "low < high"),
     ({"lr": {"low": 0, "high": 1, "log": True}}, SearchError, "above 0"),
+    ({"lr": {"low": 0, "high": float("inf")}}, SearchError, "must be numbers"),
     ({"lr": {"low": "a", "high": 1}}, SearchError, "must be numbers"),
     ({"lr": {"low": 0, "high": 1, "base": 2}}, SearchError, "has base; known: low, high, log, step"),
     ({"lr": 3}, SearchError, "must be a list of values"),

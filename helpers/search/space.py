@@ -12,6 +12,7 @@ model:                                      a choice that brings options of its 
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,9 +108,9 @@ def _range(name: str, value: Mapping[str, Any], path: Path) -> Option:
 
 def _number(value: Any) -> float:
     """YAML takes 1e-4 for a text."""
-    if isinstance(value, bool):
-        raise TypeError
     number = float(value)
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError
     return int(number) if number == int(number) and not (isinstance(value, str) and "." in value) else number
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from helpers.errors import UserError
+from helpers.submission.check import check_meta
 from helpers.submission.rules import Rules
 
 TEMPLATE = """\
@@ -41,6 +42,7 @@ ENERGY = """\
     baseline_inference: "..."
 """
 PLACEHOLDER = "..."
+LABEL_EXAMPLE = "Doe_TU_task1_1"
 MEASURED = ("input_sampling_rate", "acoustic_features", "framework")
 
 
@@ -55,11 +57,11 @@ def template(rules: Rules) -> str:
     return TEMPLATE.format(description=description, energy=ENERGY if rules.has_energy else "")
 
 
-def read_about(path: Path) -> dict[str, Any]:
+def read_about(path: Path, rules: Rules) -> dict[str, Any]:
     """What the authors have written.
 
     Raises:
-        AboutError: when it cannot be read, or dots of the template are still in it.
+        AboutError: when it cannot be read, something that the rules want is missing, or still as in the template.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -71,6 +73,14 @@ def read_about(path: Path) -> dict[str, Any]:
         raise AboutError(f"{path} must have the blocks submission and system, as --print_about writes them")
     if opened := _placeholders(content):
         raise AboutError(f"{path}: fill in {', '.join(opened)}")
+    for name in ("description", "complexity"):
+        if not isinstance(content["system"].get(name, {}), dict | None):
+            raise AboutError(f"{path}: system.{name} must hold entries by name")
+    # What is measured stands in for itself, so that what authors have left out is told before anything is.
+    blocks = {block: {} for block in rules.blocks}
+    measured = dict.fromkeys(MEASURED, ""), dict.fromkeys(rules.complexity, 0)
+    if problems := check_meta(meta_of(content, rules, LABEL_EXAMPLE, *measured, blocks), rules).problems:
+        raise AboutError(f"{path}: {'; '.join(problems)}")
     return content
 
 

@@ -132,7 +132,8 @@ def check_meta(meta: Any, rules: Rules, label: str | None = None) -> Findings:
         if rules.has_energy:
             need(system.get("energy_consumption"), "system.energy_consumption",
                  ("training", "inference", "baseline_inference"))  # fmt: skip
-        for i, one in enumerate(system.get("external_datasets") or ()):
+        others = system.get("external_datasets") or []
+        for i, one in enumerate(others if isinstance(others, list) else [others]):
             need(one, f"system.external_datasets[{i}]", ("name", "url", "total_audio_length"))
     results = meta.get("results")
     scores = results.get("development_dataset") if isinstance(results, Mapping) else None
