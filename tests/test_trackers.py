@@ -50,7 +50,7 @@ def test_tables_say_what_the_scores_are(results, own_tau):
             results.metrics[f"test/count/device/{name}"],
         )
     assert [row[0] for row in results.tables["scenes"].rows] == ["kitchen", "office", "yard"]
-    cells = results.tables["accuracy by scene and device"]
+    cells = results.tables["scenes_by_device"]
     assert cells.columns == ["scene", *read_meta(own_tau.root).recording_devices] and len(cells.rows) == 3
     recordings = {sound.name.rsplit("-", 2)[0] for sound in results.sounds}
     assert len(results.sounds) == len(recordings) == 3 and results.sounds[0].samples.shape == (8000,)

@@ -35,7 +35,7 @@ def results_of(
     accuracy = cells.accuracy.filled(float("nan")).tolist()
     rows = [[scene, *(None if value != value else value for value in row)]
             for scene, row in zip(cells.scenes, accuracy, strict=True)]  # fmt: skip
-    tables["accuracy by scene and device"] = Table(["scene", *cells.devices], rows)
+    tables["scenes_by_device"] = Table(["scene", *cells.devices], rows)
     sounds = []
     if clips.store is not None:
         shown = hardest_clips(clips, logits, N_SOUNDS)
